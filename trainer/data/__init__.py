@@ -1,0 +1,1 @@
+"""Bytes to batches: records, pairs, their order and the input pipeline."""

@@ -1,0 +1,170 @@
+"""Bytes <-> records: TFRecord framing, the tf.train.Example schema, shard names and the dataset.json manifest.
+
+A record is framed as TensorFlow frames it: length (uint64), masked CRC-32C of the length, the bytes, masked CRC-32C of
+the bytes, all little endian. The manifest keeps each record's offset, so that any record is read without the ones before.
+"""
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+import google_crc32c
+import pydantic
+from pydantic import BaseModel, Field
+
+from trainer.config import validation_lines
+from trainer.errors import DataError
+
+MANIFEST_NAME = "dataset.json"
+_HEADER = struct.Struct("<QI")
+_FOOTER = struct.Struct("<I")
+_CRC_MASK_DELTA = 0xA282EAD8
+
+
+class _Document(BaseModel):
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class ImageSpec(_Document):
+    """What all images on one side of the pairs have in common."""
+
+    kind: Literal["photo", "labels"]
+    channels: Literal[1, 3, 4]
+    bit_depth: Literal[8, 16]
+
+
+class Shard(_Document):
+    """One TFRecord file: its size and CRC-32C, and the byte offset of every record in it."""
+
+    file: str
+    bytes: int = Field(ge=0)
+    crc32c: str
+    offsets: list[int]
+
+    @property
+    def examples(self) -> int:
+        return len(self.offsets)
+
+
+class Manifest(_Document):
+    """dataset.json: all that can be known of a data set without opening a shard."""
+
+    version: Literal[1]
+    name: str
+    source: str
+    licence: str
+    layout: Literal["pair", "separate"]
+    input: ImageSpec
+    target: ImageSpec
+    splits: dict[str, list[Shard]]
+
+    def examples(self, split: str) -> int:
+        """Number of pairs in a split; 0 for a split that does not exist."""
+        return sum(shard.examples for shard in self.splits.get(split, []))
+
+    def digest(self) -> str:
+        """A short digest of all pairs: the same for a copy of the data set elsewhere."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
+
+
+def shard_name(split: str, index: int, count: int) -> str:
+    """`train-00003-of-00016.tfrecord` for ("train", 3, 16)."""
+    return f"{split}-{index:05d}-of-{count:05d}.tfrecord"
+
+
+def masked_crc32c(data: bytes) -> int:
+    """The checksum that TFRecord framing stores: CRC-32C, rotated and offset so that it may itself be checksummed."""
+    crc = google_crc32c.value(data)
+    return ((crc >> 15 | crc << 17) + _CRC_MASK_DELTA) & 0xFFFFFFFF
+
+
+def frame(record: bytes) -> bytes:
+    """Wrap a record's bytes in TFRecord framing."""
+    length = struct.pack("<Q", len(record))
+    return length + struct.pack("<I", masked_crc32c(length)) + record + struct.pack("<I", masked_crc32c(record))
+
+
+def read_framed(descriptor: int, offset: int, end: int) -> bytes:
+    """Read the record that is framed between two byte offsets of an open file.
+
+    Raises:
+        ValueError: saying what is wrong with the frame; the caller knows and adds shard and record.
+    """
+    framed = os.pread(descriptor, end - offset, offset)
+    if len(framed) < end - offset:
+        raise ValueError(f"the shard ends {end - offset - len(framed)} bytes too early")
+    length, length_crc = _HEADER.unpack_from(framed)
+    if masked_crc32c(framed[:8]) != length_crc or length != len(framed) - _HEADER.size - _FOOTER.size:
+        raise ValueError("the record's length is damaged")
+    record = framed[_HEADER.size : -_FOOTER.size]
+    if masked_crc32c(record) != _FOOTER.unpack_from(framed, len(framed) - _FOOTER.size)[0]:
+        raise ValueError("the record's checksum does not match its bytes")
+    return record
+
+
+def write_shard(path: Path, records: Iterable[bytes]) -> Shard:
+    """Write records to one shard, synced to disk, and return its entry for the manifest."""
+    offsets, position = [], 0
+    checksum = google_crc32c.Checksum()
+    with path.open("wb") as file:
+        for record in records:
+            framed = frame(record)
+            offsets.append(position)
+            position += file.write(framed)
+            checksum.update(framed)
+        _sync(file)
+    return Shard(file=path.name, bytes=position, crc32c=checksum.digest().hex(), offsets=offsets)
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write dataset.json, last and at once, so that a folder with a manifest is whole."""
+    temporary = folder / f"{MANIFEST_NAME}.{os.getpid()}.tmp"
+    with temporary.open("wb") as file:
+        file.write(json.dumps(manifest.model_dump(), indent=1).encode() + b"\n")
+        _sync(file)
+    temporary.replace(folder / MANIFEST_NAME)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and validate dataset.json.
+
+    Raises:
+        DataError: the folder or the manifest is missing or wrong; one line for each problem.
+    """
+    path = folder / MANIFEST_NAME
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such data folder; give a prepared one with --data_dir, or leave it out for the sample")
+    try:
+        return Manifest.model_validate_json(path.read_bytes())
+    except FileNotFoundError as error:
+        raise DataError(f"{folder}: no {MANIFEST_NAME} in it, so it is not a prepared data set") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    except pydantic.ValidationError as error:
+        raise DataError("\n".join(validation_lines(error, str(path)))) from error
+
+
+def check_shard_sizes(folder: Path, shards: Sequence[Shard]) -> None:
+    """Compare the shards' sizes with the manifest, so that a missing or cut file is known before training starts.
+
+    Raises:
+        DataError: one line for each shard that is missing or of another size.
+    """
+    problems = []
+    for shard in shards:
+        path = folder / shard.file
+        if not path.is_file():
+            problems.append(f"{path}: this shard is missing; copy it again or prepare the data again")
+        elif (size := path.stat().st_size) != shard.bytes:
+            problems.append(f"{path}: has {size} bytes, the manifest says {shard.bytes}; copy it again")
+    if problems:
+        raise DataError("\n".join(problems))

@@ -1,0 +1,1 @@
+"""Devices, signals, and everything that a run writes."""

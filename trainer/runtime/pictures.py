@@ -1,0 +1,36 @@
+"""Pictures for people: PNG files with a line of text above."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from trainer.runtime import files
+
+HEADER = 22
+GAP = 4
+_BACKGROUND, _INK = (255, 255, 255), (30, 30, 30)
+
+
+def _as_rgb(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Grey images get three equal channels, a fourth channel is not shown."""
+    return np.repeat(image, 3, axis=-1) if image.shape[-1] == 1 else image[..., :3]
+
+
+def save_grid(path: Path, title: str, columns: Sequence[tuple[str, NDArray[np.uint8]]]) -> None:
+    """Write one row for each example and one column for each (name, images), images uint8 (examples, h, w, c)."""
+    examples, height, width = columns[0][1].shape[:3]
+    size = (len(columns) * (width + GAP) - GAP, 2 * HEADER + examples * (height + GAP) - GAP)
+    sheet = Image.new("RGB", size, _BACKGROUND)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    draw.text((4, 3), title, _INK, font)
+    for column, (name, images) in enumerate(columns):
+        left = column * (width + GAP)
+        draw.text((left + 4, HEADER + 1), name, _INK, font)
+        for row, image in enumerate(images):
+            sheet.paste(Image.fromarray(_as_rgb(image)), (left, 2 * HEADER + row * (height + GAP)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with files.replacing(path) as temporary:
+        sheet.save(temporary, format="PNG")

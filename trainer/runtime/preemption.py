@@ -1,0 +1,64 @@
+"""Ctrl-C and SIGTERM, seen within milliseconds even while TensorFlow runs a block of steps.
+
+A Python signal handler runs only when the TensorFlow call returns. So a thread waits at the pipe into which the interpreter
+writes each signal's number at once, and sets a variable that the graph reads before every step.
+"""
+
+import logging
+import os
+import signal
+import socket
+import threading
+from types import FrameType, TracebackType
+
+import tensorflow as tf
+
+from trainer.errors import ExitCode
+
+log = logging.getLogger(__name__)
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def _leave_it_to_the_thread(signum: int, frame: FrameType | None) -> None:
+    """The handler that must be there for the interpreter to write to the pipe."""
+
+
+class StopSignal:
+    """A context in which signals ask for a stop instead of ending the process; a second one ends it at once."""
+
+    def __init__(self) -> None:
+        self.flag = tf.Variable(False, trainable=False)
+        self.received: str | None = None
+
+    def __enter__(self) -> "StopSignal":
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        self._old_descriptor = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        self._old_handlers = {number: signal.signal(number, _leave_it_to_the_thread) for number in SIGNALS}
+        self._thread = threading.Thread(target=self._watch, name="stop-signal", daemon=True)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while numbers := self._reader.recv(16):
+            for number in numbers:
+                if number in SIGNALS:
+                    self._note(signal.Signals(number).name)
+
+    def _note(self, name: str) -> None:
+        if self.received:
+            log.error("%s again: leaving at once, without saving", name)
+            os._exit(ExitCode.STOPPED)
+        self.received = name
+        self.flag.assign(True)
+        log.info("%s: stopping after this step and saving (once more: leave at once)", name)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        signal.set_wakeup_fd(self._old_descriptor)
+        for number, handler in self._old_handlers.items():
+            signal.signal(number, handler)
+        self._writer.close()
+        self._thread.join()
+        self._reader.close()

@@ -1,0 +1,142 @@
+"""A run's folder: config.yaml, metrics.jsonl, samples, the failure marker and the lock that keeps a second job out."""
+
+import fcntl
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, TextIO
+
+import yaml
+
+from trainer.config import Config, config_from_tree, differences, parse_yaml, to_tree
+from trainer.errors import ExitCode, TrainerError, UserError
+from trainer.runtime import files
+
+
+class RecordedFailure(TrainerError):  # noqa: N818 - it is told again, not raised anew
+    """The failure that ended the run before, told again because nothing has changed since."""
+
+    def __init__(self, line: str, exit_code: ExitCode) -> None:
+        super().__init__(line)
+        self.exit_code = exit_code
+
+
+class RunFolder:
+    """The paths and small files of one run."""
+
+    def __init__(self, path: Path) -> None:
+        """Make the folder and take its lock.
+
+        Raises:
+            UserError: it cannot be written, or another process is training in it.
+        """
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.summaries = path / "summaries"
+        self.samples = path / "samples"
+        self.metrics_file = path / "metrics.jsonl"
+        self.sample_data = path / "data"
+        self._config_file = path / "config.yaml"
+        self._failure_file = path / "failure.json"
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = self._take_lock(path / ".lock")
+        except OSError as error:
+            raise UserError(f"{path}: cannot write there ({error.strerror}); choose another --model_dir") from error
+
+    def _take_lock(self, path: Path) -> TextIO:
+        lock = path.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.seek(0)
+            owner = lock.read().strip() or "unknown"
+            raise UserError(f"{self.path}: process {owner} is training in it; choose another --model_dir") from error
+        lock.truncate(0)
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
+        return lock
+
+    def saved_config(self) -> Config | None:
+        """The config that the run in this folder began or last went on with."""
+        if not self._config_file.is_file():
+            return None
+        where = str(self._config_file)
+        return config_from_tree(parse_yaml(self._config_file.read_text(encoding="utf-8"), where), where)
+
+    def check_config(self, config: Config) -> None:
+        """Refuse to go on with a run under settings that would make it another run.
+
+        Raises:
+            UserError: one line for each setting that differs and may not.
+        """
+        saved = self.saved_config()
+        lines = differences(saved, config) if saved else []
+        if lines:
+            advice = "use another --model_dir, or the run's own settings (steps, intervals, paths and runtime may change)"
+            raise UserError("\n".join(f"{self._config_file}: {line}" for line in lines) + f"\n{self.path}: {advice}")
+
+    def write_config(self, config: Config, notes: dict[str, str]) -> None:
+        """Write config.yaml; what ran (versions, threads) stands above it as comments."""
+        header = "".join(f"# {name}: {value}\n" for name, value in notes.items())
+        files.write_text(self._config_file, header + yaml.safe_dump(to_tree(config), sort_keys=False))
+
+    def notes(self) -> dict[str, str]:
+        """The comments of config.yaml, as `write_config` wrote them."""
+        if not self._config_file.is_file():
+            return {}
+        lines = self._config_file.read_text(encoding="utf-8").splitlines()
+        return dict(line[2:].split(": ", 1) for line in lines if line.startswith("# ") and ": " in line)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl that are whole; a kill can cut only the last one."""
+        if not self.metrics_file.is_file():
+            return []
+        lines = self.metrics_file.read_text(encoding="utf-8").splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def add_metrics(self, entry: dict[str, Any]) -> None:
+        """Append one line to metrics.jsonl, synced to disk."""
+        with self.metrics_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def cut_after(self, step: int) -> None:
+        """Remove metrics and samples of later steps, so that the run writes them once."""
+        kept = [entry for entry in self.metrics() if entry["step"] <= step]
+        if self.metrics_file.is_file():
+            files.write_text(self.metrics_file, "".join(json.dumps(entry) + "\n" for entry in kept))
+        for path in self.samples.glob("step-*.png"):
+            if int(path.stem.removeprefix("step-")) > step:
+                path.unlink()
+
+    def sample_path(self, step: int) -> Path:
+        """Where the sample picture of a step goes."""
+        return self.samples / f"step-{step:07d}.png"
+
+    def record_failure(self, line: str, exit_code: ExitCode, fingerprint: str) -> None:
+        """Leave a marker, so that a blind restart ends at once with the same line and code."""
+        document = {"line": line, "exit_code": int(exit_code), "fingerprint": fingerprint}
+        files.write_text(self._failure_file, json.dumps(document, indent=1) + "\n")
+
+    def check_failure(self, fingerprint: str) -> None:
+        """Tell the recorded failure again, unless config or data have changed since; then forget it.
+
+        Raises:
+            RecordedFailure: nothing has changed.
+        """
+        if not self._failure_file.is_file():
+            return
+        document = json.loads(self._failure_file.read_text(encoding="utf-8"))
+        if document["fingerprint"] == fingerprint:
+            advice = f"(nothing has changed since; to try all the same, remove {self._failure_file})"
+            raise RecordedFailure(f"{document['line']} {advice}", ExitCode(document["exit_code"]))
+        self._failure_file.unlink()
+
+
+def fingerprint(config: Config, data: Path) -> str:
+    """A digest of the config and of the names, sizes and times of the data's files: what a user may have mended."""
+    state = sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in data.iterdir() if p.is_file())
+    return hashlib.sha256(json.dumps([to_tree(config), state]).encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""The training of one generator and one discriminator."""

@@ -1,0 +1,129 @@
+"""What happens at intervals between blocks of steps: evaluation, scalars, sample pictures, checkpoints."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from trainer.config import Config
+from trainer.data.pipeline import PairData
+from trainer.runtime.checkpoints import Checkpoints
+from trainer.runtime.meter import Meter
+from trainer.runtime.pictures import save_grid
+from trainer.runtime.preemption import StopSignal
+from trainer.runtime.run_folder import RunFolder
+from trainer.runtime.summaries import Summaries
+from trainer.train.evaluate import Evaluator
+from trainer.train.state import TrainState
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Every:
+    """Every so many steps, and at the last step; 0 means never."""
+
+    steps: int
+    last: int
+
+    def due(self, step: int) -> bool:
+        """Whether it happens after this step."""
+        return self.steps > 0 and (step % self.steps == 0 or step == self.last)
+
+    def next_after(self, step: int) -> int:
+        """The first step after `step` at which it happens."""
+        if not self.steps:
+            return self.last
+        return min(self.last, step + self.steps - step % self.steps)
+
+
+@dataclass(frozen=True)
+class Action:
+    """Something that happens at intervals; it is called with the step."""
+
+    every: Every
+    call: Callable[[int], None]
+
+
+class Run:
+    """The parts of a run that actions work on, and the actions themselves, one method each."""
+
+    def __init__(
+        self, config: Config, folder: RunFolder, data: PairData, state: TrainState, stop: StopSignal, meter: Meter
+    ) -> None:
+        self.config, self.folder, self.data, self.state, self.stop, self.meter = config, folder, data, state, stop, meter
+        self.checkpoints = Checkpoints(folder.checkpoints, config.train.keep)
+        self.summaries = Summaries(folder.summaries)
+        self.evaluator = Evaluator(state.generator, data, config)
+        self.saved_step: int | None = None
+        self._best_step: int | None = None
+
+    def actions(self) -> list[Action]:
+        """What happens at intervals, in order: the evaluation first, because it alone can be interrupted; the checkpoint
+        last, so that all that was written for a step is on disk before the step counts as done."""
+        train, last = self.config.train, self.config.train.steps
+        return [
+            Action(Every(train.evaluate_every, last), self.evaluate),
+            Action(Every(train.summary_every, last), self.summarise),
+            Action(Every(train.sample_every, last), self.sample),
+            Action(Every(train.checkpoint_every, last), self.checkpoint),
+        ]
+
+    def act(self, step: int) -> None:
+        """Do what is due after a step; a step with the best evaluation so far is saved too.
+
+        Raises:
+            InterruptedEvaluation: a stop was asked for; nothing has been done for this step.
+        """
+        for action in due(self.actions(), step):
+            action.call(step)
+        if step == self._best_step and self.saved_step != step:
+            self.checkpoint(step)
+
+    def steps_per_block(self) -> int:
+        """Steps that the device does before the host looks again."""
+        wanted = self.config.train.steps_per_loop
+        return self.meter.steps_per_block() if wanted == "auto" else wanted
+
+    def evaluate(self, step: int) -> None:
+        """Measure on val; note the best so far and save it."""
+        val = self.data.split("val")
+        if not val.examples:
+            return
+        scores = self.measure("val", step)
+        self.summaries.scalars("val", {name: scores[name] for name in ("l1", "psnr", "ssim")}, step)
+        self.refresh_best()
+
+    def measure(self, split: str, step: int) -> dict[str, float | int]:
+        """Measure on a split and add the line to metrics.jsonl."""
+        scores = self.evaluator.measure(self.data.split(split), lambda: self.stop.received is not None)
+        self.folder.add_metrics({"step": step, "split": split, **scores})
+        log.info("step %d: %s L1 %.2f of 255, PSNR %.2f dB, SSIM %.4f", step, split, *list(scores.values())[1:])
+        return scores
+
+    def refresh_best(self) -> None:
+        """Work out from metrics.jsonl which evaluation on val had the lowest L1, and note it."""
+        entries = [entry for entry in self.folder.metrics() if entry["split"] == "val"]
+        best = min(entries, key=lambda entry: (entry["l1"], entry["step"]), default=None)
+        self._best_step = best["step"] if best else None
+        self.checkpoints.mark_best(self._best_step, best["l1"] if best else None)
+
+    def summarise(self, step: int) -> None:
+        """Write the losses' means since the last time, the speed, and begin new means."""
+        losses = {f"loss/{name}": value for name, value in self.state.mean_losses().items()}
+        self.summaries.scalars("train", losses | {"images_per_second": self.meter.images_per_second}, step)
+        self.state.reset_losses()
+
+    def sample(self, step: int) -> None:
+        """Draw the same validation pairs as every time."""
+        save_grid(self.folder.sample_path(step), f"step {step}", self.evaluator.sample_columns())
+
+    def checkpoint(self, step: int, *, pending: bool = False) -> None:
+        """Save everything; what was logged before is handed to the file system first."""
+        self.summaries.flush()
+        self.checkpoints.save(self.state.checkpoint(), step, pending=pending)
+        self.saved_step = step
+
+
+def due(actions: Sequence[Action], step: int) -> list[Action]:
+    """The actions that happen after this step."""
+    return [action for action in actions if action.every.due(step)]

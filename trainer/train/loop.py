@@ -1,0 +1,214 @@
+"""The outer loop on the host: restore -> blocks of steps on the device -> what is due -> final save."""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import tensorflow as tf
+
+from trainer.config import Config
+from trainer.data.pipeline import PairData
+from trainer.data.sample import ensure_sample
+from trainer.errors import DataError, DivergedError, StoppedError, UserError
+from trainer.runtime import strategy as devices
+from trainer.runtime.checkpoints import Checkpoints, Marker
+from trainer.runtime.meter import Meter
+from trainer.runtime.preemption import StopSignal
+from trainer.runtime.progress import Progress
+from trainer.runtime.run_folder import RunFolder, fingerprint
+from trainer.runtime.summaries import cut_events_after
+from trainer.train.actions import Run
+from trainer.train.evaluate import InterruptedEvaluation
+from trainer.train.state import TrainState
+from trainer.train.step import train_step
+from trainer.versions import run_notes, warn_of_changes
+
+log = logging.getLogger(__name__)
+Batches = Iterator[Mapping[str, tf.Tensor]]
+
+
+def make_block(
+    strategy: tf.distribute.Strategy, state: TrainState, config: Config, stop: StopSignal, batches: Batches
+) -> Callable[[tf.Tensor], None]:
+    """A function of the graph: run steps until `state.step` reaches its argument, a stop is asked for, or one is not finite."""
+
+    @tf.function
+    def block(until: tf.Tensor) -> None:
+        while (state.step < until) & state.healthy & ~stop.flag:
+            tf.autograph.experimental.set_loop_options(parallel_iterations=1)
+            result = strategy.run(train_step, (state, config, next(batches)))
+            state.record(result.losses, result.finite)
+
+    return block
+
+
+def train(config: Config, model_dir: Path) -> str:
+    """Train as the config says, going on from the newest whole checkpoint in `model_dir`; return the closing lines.
+
+    Raises:
+        UserError: config, data or folder must change first.
+        DivergedError: a loss or gradient was not finite.
+        StoppedError: a signal asked for a stop; what was done is saved.
+    """
+    threads = devices.configure_threads(config.runtime)
+    strategy = devices.one_device()
+    folder = RunFolder(model_dir)
+    folder.check_config(config)
+    data = PairData(Path(config.data.dir) if config.data.dir else ensure_sample(folder.sample_data), config)
+    mark = fingerprint(config, data.folder)
+    folder.check_failure(mark)
+    newest = Checkpoints(folder.checkpoints, config.train.keep).newest_whole()
+    if newest and is_finished(newest, folder, data, config):
+        return "this run is finished; raise train.steps to go on\n" + closing_lines(folder, newest)
+    note_what_runs(folder, config, threads, data)
+    with StopSignal() as stop:
+        with strategy.scope():
+            state = TrainState(config, data.specs)
+        run = Run(config, folder, data, state, stop, Meter(config.train.batch_size))
+        start(run, newest)
+        try:
+            train_to_the_end(run, strategy, stop)
+        except (DataError, DivergedError) as failure:
+            folder.record_failure(str(failure), failure.exit_code, mark)
+            raise
+        finally:
+            run.summaries.close()
+    return closing_lines(folder, run.checkpoints.markers()[-1])
+
+
+def note_what_runs(folder: RunFolder, config: Config, threads: int, data: PairData) -> None:
+    """Write config.yaml with the versions, threads and data; say what changed since the run began.
+
+    Raises:
+        UserError: the run was trained on other data.
+    """
+    before, now = folder.notes(), run_notes(threads, data.manifest.digest())
+    if before.get("data", now["data"]) != now["data"]:
+        raise UserError(f"{folder.path}: this run was trained on other data than {data.folder}; use another --model_dir")
+    warn_of_changes(before, now)
+    folder.write_config(config, now)
+
+
+def start(run: Run, newest: Marker | None) -> None:
+    """Restore, and take back whatever was written after the restored step."""
+    done = -1
+    if newest:
+        run.checkpoints.restore(run.state.checkpoint(), newest)
+        run.saved_step = newest.step
+        done = newest.step - 1 if newest.pending else newest.step
+        log.info("going on from the checkpoint of step %d in %s", newest.step, run.checkpoints.folder)
+    run.checkpoints.forget_after(newest.step if newest else -1)
+    run.folder.cut_after(done)
+    cut_events_after(run.folder.summaries, done)
+    run.refresh_best()
+    if newest and newest.pending:
+        finish_step(run, newest.step)
+
+
+def train_to_the_end(run: Run, strategy: tf.distribute.Strategy, stop: StopSignal) -> None:
+    """Blocks of steps, each followed by what is due, until the last step; then the test split."""
+    state, train = run.state, run.config.train
+    step = int(state.step.numpy())
+    block = make_block(strategy, state, run.config, stop, iter(run.data.training_batches(step, train.steps)))
+    progress = Progress(step, train.steps, train.batch_size)
+    try:
+        if stop.received:
+            save_and_stop(run, step, pending=False)
+        while step < train.steps:
+            step = run_block(run, block, step)
+            progress.update(step, run.meter.images_per_second, state.mean_losses() or state.latest_losses())
+            finish_step(run, step)
+    finally:
+        progress.close()
+    measure_test(run, step)
+
+
+def run_block(run: Run, block: Callable[[tf.Tensor], None], step: int) -> int:
+    """Run one block and return the step that was reached.
+
+    Raises:
+        DivergedError: a step was not finite; its update was not made.
+        DataError: a record of the next batch is damaged.
+    """
+    until = min(step + run.steps_per_block(), *(action.every.next_after(step) for action in run.actions()))
+    run.meter.start()
+    try:
+        block(tf.constant(until, tf.int64))
+    except tf.errors.OpError as error:
+        raise explain(run, error) from error
+    reached = int(run.state.step.numpy())
+    run.meter.stop(reached - step)
+    if not run.state.healthy.numpy():
+        raise diverged(run, reached + 1)
+    return reached
+
+
+def explain(run: Run, error: tf.errors.OpError) -> Exception:
+    """The damaged record that made the step fail, or the error itself if the data are sound."""
+    numbers = run.data.batch_records(int(run.state.step.numpy()))
+    return run.data.find_damage(run.data.train, numbers.tolist()) or error
+
+
+def diverged(run: Run, step: int) -> DivergedError:
+    """The line that names step and losses."""
+    losses = ", ".join(f"{name} {value:g}" for name, value in run.state.latest_losses().items())
+    kept = f"the checkpoint of step {run.saved_step} is kept" if run.saved_step is not None else "no checkpoint was due yet"
+    return DivergedError(
+        f"step {step}: a loss or gradient is not finite ({losses}); its update was not made and {kept}; "
+        "lower optimizer.learning_rate or look at the pairs of this batch"
+    )
+
+
+def finish_step(run: Run, step: int) -> None:
+    """Do what is due after a step, unless a stop was asked for; then save the step, marked as not finished.
+
+    Raises:
+        StoppedError: a stop was asked for.
+    """
+    if run.stop.received:
+        save_and_stop(run, step, pending=any(action.every.due(step) for action in run.actions()))
+    try:
+        run.act(step)
+    except InterruptedEvaluation:
+        save_and_stop(run, step, pending=True)
+    if run.stop.received:
+        save_and_stop(run, step, pending=False)
+
+
+def save_and_stop(run: Run, step: int, *, pending: bool) -> None:
+    """Save unless it is saved already.
+
+    Raises:
+        StoppedError: always; it says what was saved.
+    """
+    if step and run.saved_step != step:
+        run.checkpoint(step, pending=pending)
+    saved = f"step {run.saved_step} is saved in {run.folder.path}" if run.saved_step is not None else "nothing was trained yet"
+    raise StoppedError(f"{run.stop.received}: stopped; {saved}; the same command goes on from there")
+
+
+def measure_test(run: Run, step: int) -> None:
+    """Measure the trained generator once on the test split, if there is one."""
+    if not run.data.split("test").examples:
+        return
+    try:
+        run.measure("test", step)
+    except InterruptedEvaluation:
+        save_and_stop(run, step, pending=False)
+
+
+def is_finished(newest: Marker, folder: RunFolder, data: PairData, config: Config) -> bool:
+    """Whether all steps are done, and the test split, if there is one, is measured."""
+    measured = any(entry["split"] == "test" and entry["step"] == newest.step for entry in folder.metrics())
+    return newest.step >= config.train.steps and not newest.pending and (measured or not data.split("test").examples)
+
+
+def closing_lines(folder: RunFolder, newest: Marker) -> str:
+    """Where everything is, and the figure that the last measurement gave."""
+    lines = [
+        f"pictures    {folder.samples}",
+        f"metrics     {folder.metrics_file}",
+        f"checkpoint  {folder.checkpoints / newest.prefix}",
+    ]
+    measured = [entry for entry in folder.metrics() if entry["step"] == newest.step]
+    return "\n".join(lines + [f"{entry['split']} L1 {entry['l1']:.1f} of 255" for entry in measured])

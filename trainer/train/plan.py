@@ -1,0 +1,90 @@
+"""What a run would do, told without doing it: config, networks, data, steps, sizes."""
+
+from collections.abc import Iterator
+
+import keras
+import yaml
+
+from trainer.config import Config, to_tree
+from trainer.data.pipeline import PairData
+from trainer.data.sample import prepared_folder
+from trainer.model.discriminators import patch_convolutions, receptive_field
+from trainer.train.state import build_networks
+
+BYTES_PER_FLOAT = 4
+ADAM_COPIES = 3  # a weight and its two moments
+
+
+def layer_table(network: keras.Model) -> Iterator[str]:
+    """One line for each layer with weights: name, output size, parameters."""
+    for layer in network.layers:
+        if layer.count_params():
+            size = "x".join(str(side) for side in layer.output.shape[1:])
+            yield f"  {layer.name:32} {size:>14} {layer.count_params():>12,}"
+
+
+def trainable_parameters(network: keras.Model) -> int:
+    """Weights that the optimiser changes; the moving statistics are not among them."""
+    return sum(int(variable.shape.num_elements()) for variable in network.trainable_variables)
+
+
+def describe_network(title: str, network: keras.Model, remark: str) -> Iterator[str]:
+    """Heading, layers and the sum."""
+    yield f"{title}: {trainable_parameters(network):,} parameters, {remark}"
+    yield f"  {'layer':32} {'output':>14} {'parameters':>12}"
+    yield from layer_table(network)
+    yield ""
+
+
+def checkpoint_megabytes(*networks: keras.Model) -> float:
+    """Size of a checkpoint: weights, their two Adam moments, and the moving statistics, in MB (10^6 bytes)."""
+    trained = sum(trainable_parameters(network) for network in networks)
+    total = sum(network.count_params() for network in networks)
+    return (trained * ADAM_COPIES + total - trained) * BYTES_PER_FLOAT / 1e6
+
+
+def describe_data(config: Config, data: PairData) -> Iterator[str]:
+    """Counts and kinds of the pairs."""
+    manifest = data.manifest
+    yield f"data: {manifest.name} ({'the packaged sample' if not config.data.dir else data.folder}), {manifest.licence}"
+    for split, shards in manifest.splits.items():
+        yield f"  {split:6} {manifest.examples(split):>9,} pairs in {len(shards)} shards, {sum(s.bytes for s in shards) / 1e6:.1f} MB"
+    for side, spec in (("input", data.specs.input), ("target", data.specs.target)):
+        yield f"  {side:6} {spec.kind}, {spec.channels} channels, {spec.bit_depth} bits"
+    yield ""
+
+
+def describe_plan(config: Config, data: PairData, megabytes: float) -> Iterator[str]:
+    """Steps, epochs, and what is kept."""
+    train = config.train
+    epochs = train.steps / data.steps_per_epoch
+    yield f"plan: {train.steps:,} steps of {train.batch_size} pairs, {epochs:,.1f} epochs of {data.steps_per_epoch:,} steps"
+    yield f"  checkpoint every {train.checkpoint_every:,} steps, {megabytes:,.0f} MB each, {train.keep} newest and the best kept:"
+    yield f"  up to {megabytes * (train.keep + 2):,.0f} MB on disk while one is written"
+    yield f"  evaluation every {train.evaluate_every:,}, pictures every {train.sample_every:,}, scalars every {train.summary_every:,}"
+
+
+def describe(config: Config, data: PairData) -> str:
+    """The whole report of --dry_run."""
+    generator, discriminator = build_networks(config, data.specs)
+    patch = config.model.discriminator
+    field = receptive_field(patch_convolutions(patch.receptive_field, patch.filters))
+    logits = "x".join(str(side) for side in discriminator.output_shape[1:3])
+    lines = [
+        yaml.safe_dump(to_tree(config), sort_keys=False),
+        *describe_network("generator", generator, "every output pixel sees the whole image through the bottleneck"),
+        *describe_network("discriminator", discriminator, f"receptive field {field}x{field}, {logits} logits"),
+        *describe_data(config, data),
+        *describe_plan(config, data, checkpoint_megabytes(generator, discriminator)),
+    ]
+    return "\n".join(lines)
+
+
+def dry_run(config: Config) -> str:
+    """The report for this config; nothing is left on disk.
+
+    Raises:
+        DataError: the data set is missing or wrong.
+    """
+    with prepared_folder(config.data.dir) as folder:
+        return describe(config, PairData(folder, config))

@@ -1,0 +1,87 @@
+"""Everything that a checkpoint holds: both networks, both optimisers, the step, the running sums of the losses."""
+
+from collections.abc import Mapping
+
+import keras
+import tensorflow as tf
+
+from trainer.config import Config
+from trainer.data.pipeline import Specs
+from trainer.model.discriminators import patchgan
+from trainer.model.generators import unet
+from trainer.train.optimizer import Adam
+
+LOSSES = ("discriminator", "generator_gan", "l1")
+
+
+def trainable(network: keras.Model) -> list[tf.Variable]:
+    """The TensorFlow variables behind a network's trainable weights, in the order of its layers."""
+    return [variable.value for variable in network.trainable_variables]
+
+
+def build_networks(config: Config, specs: Specs) -> tuple[keras.Model, keras.Model]:
+    """Generator and discriminator as the config says, their weights drawn from the seed."""
+    channels = (specs.input.channels, specs.target.channels)
+    size = config.data.image_size
+    return unet(config.model, size, *channels, config.seed), patchgan(config.model, size, *channels, config.seed)
+
+
+class TrainState:
+    """The state of a run; made under the strategy's scope.
+
+    Attributes:
+        generator, discriminator: the networks.
+        step: int64 variable, the steps done.
+        failed: float64 (3,) variable, the losses of the step that was not finite; NaN-free while all is well.
+        healthy: bool variable, false once a loss or gradient was not finite.
+    """
+
+    def __init__(self, config: Config, specs: Specs) -> None:
+        self.generator, self.discriminator = build_networks(config, specs)
+        self.generator_optimizer = Adam(trainable(self.generator), config.optimizer)
+        self.discriminator_optimizer = Adam(trainable(self.discriminator), config.optimizer)
+        self.step = self._counter(0, tf.int64)
+        self.healthy = self._counter(True, tf.bool)
+        self.latest = self._counter([0.0] * len(LOSSES), tf.float64)
+        self._sums = self._counter([0.0] * len(LOSSES), tf.float64)
+        self._count = self._counter(0, tf.int64)
+
+    @staticmethod
+    def _counter(value: object, dtype: tf.DType) -> tf.Variable:
+        return tf.Variable(value, trainable=False, dtype=dtype, aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA)
+
+    def checkpoint(self) -> tf.train.Checkpoint:
+        """The objects that are saved and restored; the sums are among them, so that resumed summaries are the same."""
+        return tf.train.Checkpoint(
+            generator=self.generator,
+            discriminator=self.discriminator,
+            generator_optimizer=self.generator_optimizer,
+            discriminator_optimizer=self.discriminator_optimizer,
+            step=self.step,
+            loss_sums=self._sums,
+            loss_count=self._count,
+        )
+
+    def record(self, losses: Mapping[str, tf.Tensor], finite: tf.Tensor) -> None:
+        """Note a step's losses (global means); the step counts only if it was finite. Runs inside the graph."""
+        values = tf.stack([tf.cast(losses[name], tf.float64) for name in LOSSES])
+        self.latest.assign(values)
+        self.healthy.assign(finite)
+        done = tf.cast(finite, tf.int64)
+        self._sums.assign_add(tf.where(finite, values, tf.zeros_like(values)))
+        self._count.assign_add(done)
+        self.step.assign_add(done)
+
+    def mean_losses(self) -> dict[str, float]:
+        """Mean of each loss over the steps since the last reset; empty before the first step."""
+        count = int(self._count.numpy())
+        return dict(zip(LOSSES, (self._sums.numpy() / count).tolist(), strict=True)) if count else {}
+
+    def latest_losses(self) -> dict[str, float]:
+        """Each loss of the newest step, finite or not."""
+        return dict(zip(LOSSES, self.latest.numpy().tolist(), strict=True))
+
+    def reset_losses(self) -> None:
+        """Begin new means."""
+        self._sums.assign(tf.zeros_like(self._sums))
+        self._count.assign(0)

@@ -1,0 +1,40 @@
+"""What ran: noted in a run's config.yaml, because the same bits are promised only for the same software and threads."""
+
+import importlib.metadata
+import logging
+import platform
+from collections.abc import Mapping
+
+from trainer import __version__
+
+log = logging.getLogger(__name__)
+_TENSORFLOWS = ("tensorflow-cpu", "tensorflow", "tensorflow-tpu")
+
+
+def _version(*distributions: str) -> str:
+    for name in distributions:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "unknown"
+
+
+def run_notes(threads: int, data_digest: str) -> dict[str, str]:
+    """Versions, processor, threads and data of this run, by name."""
+    return {
+        "trainer": __version__,
+        "tensorflow": _version(*_TENSORFLOWS),
+        "keras": _version("keras"),
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "threads": str(threads),
+        "data": data_digest,
+    }
+
+
+def warn_of_changes(before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Say what differs from the run so far: it goes on, but agrees with an undisturbed run only to rounding."""
+    changed = [f"{name} {before[name]} -> {now[name]}" for name in now if name in before and before[name] != now[name]]
+    if changed:
+        log.warning("since the run began: %s; results will agree to rounding, not bit for bit", ", ".join(changed))
