@@ -64,7 +64,9 @@ def resolve(values: flags.FlagValues) -> tuple[Config, Path]:
     model_dir = values.model_dir or f"runs/{Path(path).stem if path else 'run'}"
     for flag, place in (("data_dir", config.data.dir), ("model_dir", model_dir)):
         if "://" in place:
-            raise UserError(f"--{flag}={place}: this version reads and writes local folders only; copy the bucket or mount it")
+            raise UserError(
+                f"--{flag}={place}: this version reads and writes local folders only; copy the bucket or mount it"
+            )
     return config, Path(model_dir)
 
 

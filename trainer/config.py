@@ -43,7 +43,7 @@ Interval = Annotated[int, Field(ge=0)]
 
 
 def _setting(default: Any, description: str, *, changeable: bool = False) -> Any:
-    extra = {CHANGEABLE: True} if changeable else None
+    extra: dict[str, pydantic.JsonValue] | None = {CHANGEABLE: True} if changeable else None
     return Field(default=default, description=description, json_schema_extra=extra)
 
 
@@ -280,7 +280,7 @@ _ALLOWED = {
 def _allowed(error: Mapping[str, Any]) -> str:
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
-    return _ALLOWED.get(error["type"], error["msg"]).format(**error.get("ctx", {}))
+    return str(_ALLOWED.get(error["type"], error["msg"])).format(**error.get("ctx", {}))
 
 
 def _key(location: Sequence[int | str]) -> str:
@@ -359,7 +359,7 @@ def config_from_tree(tree: object, where: str) -> Config:
 
 def to_tree(config: Config) -> dict[str, Any]:
     """The config as plain mappings, lists and scalars, ready for YAML."""
-    return typing.cast(dict[str, Any], config.model_dump(mode="json"))
+    return config.model_dump(mode="json")
 
 
 def leaves(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:

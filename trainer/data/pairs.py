@@ -89,7 +89,14 @@ def resize(image: tf.Tensor, height: int, width: int, spec: ImageSpec) -> tf.Ten
     return tf.image.resize(image, [height, width], method="bilinear", antialias=True)
 
 
-def prepare(record: tf.Tensor, manifest: Manifest, size: tuple[int, int], direction: str, jitter: int, how: tf.Tensor) -> Pair:
+def _crop_and_mirror(image: tf.Tensor, size: tuple[int, int], how: tf.Tensor) -> tf.Tensor:
+    crop = image[how[0] : how[0] + size[0], how[1] : how[1] + size[1]]
+    return tf.cond(how[2] > 0, lambda: tf.reverse(crop, [1]), lambda: crop)
+
+
+def prepare(
+    record: tf.Tensor, manifest: Manifest, size: tuple[int, int], direction: str, jitter: int, how: tf.Tensor
+) -> Pair:
     """Decode a record and give the networks' pair in [-1, 1] at a static size.
 
     Args:
@@ -104,8 +111,7 @@ def prepare(record: tf.Tensor, manifest: Manifest, size: tuple[int, int], direct
     specs = (manifest.input, manifest.target)
     images = []
     for image, spec in zip(decode_record(record, manifest), specs, strict=True):
-        image = resize(image, height + jitter, width + jitter, spec)
-        image = image[how[0] : how[0] + height, how[1] : how[1] + width]
-        image = tf.cond(how[2] > 0, lambda image=image: tf.reverse(image, [1]), lambda image=image: image)
-        images.append(tf.ensure_shape(to_unit_range(image, spec), [height, width, spec.channels]))
+        larger = resize(image, height + jitter, width + jitter, spec)
+        crop = _crop_and_mirror(larger, size, how)
+        images.append(tf.ensure_shape(to_unit_range(crop, spec), [height, width, spec.channels]))
     return Pair(*(images if direction == "forward" else reversed(images)))

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +40,7 @@ class Split:
 
     @property
     def examples(self) -> int:
+        """Number of pairs."""
         return int(self._starts[-1])
 
     def _locate(self, number: int) -> tuple[records.Shard, int]:
@@ -107,18 +108,21 @@ class PairData:
 
     @property
     def specs(self) -> Specs:
+        """What the networks' input and target look like."""
         sides = (self.manifest.input, self.manifest.target)
         return Specs(*(sides if self._config.data.direction == "forward" else sides[::-1]))
 
     @property
     def steps_per_epoch(self) -> int:
+        """Steps in one pass over the training pairs."""
         return order.steps_per_epoch(self.train.examples, self._config.train.batch_size)
 
     def batch_records(self, step: int) -> NDArray[np.int64]:
         """Record numbers of the global batch of a step: int64, (batch_size,)."""
         size = self._config.train.batch_size
         place = order.placement(step, self.train.examples, size)
-        return order.epoch_order(self.train.examples, self._config.seed, place.epoch, size)[place.batch]
+        records_of_epoch = order.epoch_order(self.train.examples, self._config.seed, place.epoch, size)
+        return np.asarray(records_of_epoch[place.batch], np.int64)
 
     def _augmentation(self, step: int) -> NDArray[np.int32]:
         data = self._config.data
@@ -168,7 +172,7 @@ class PairData:
         prepared = elements.map(self._prepare(0), num_parallel_calls=_decoders())
         return prepared.batch(batch_size).prefetch(BATCHES_AHEAD).with_options(_in_order())
 
-    def _prepare(self, jitter: int):  # type: ignore[no-untyped-def]
+    def _prepare(self, jitter: int) -> Callable[[tf.Tensor, tf.Tensor, tf.Tensor], dict[str, tf.Tensor]]:
         data = self._config.data
 
         def prepare(record: tf.Tensor, how: tf.Tensor, index: tf.Tensor) -> dict[str, tf.Tensor]:

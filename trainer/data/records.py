@@ -47,6 +47,7 @@ class Shard(_Document):
 
     @property
     def examples(self) -> int:
+        """Number of records."""
         return len(self.offsets)
 
 
@@ -78,7 +79,7 @@ def shard_name(split: str, index: int, count: int) -> str:
 
 def masked_crc32c(data: bytes) -> int:
     """The checksum that TFRecord framing stores: CRC-32C, rotated and offset so that it may itself be checksummed."""
-    crc = google_crc32c.value(data)
+    crc: int = google_crc32c.value(data)
     return ((crc >> 15 | crc << 17) + _CRC_MASK_DELTA) & 0xFFFFFFFF
 
 
@@ -142,7 +143,9 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST_NAME
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such data folder; give a prepared one with --data_dir, or leave it out for the sample")
+        raise DataError(
+            f"{folder}: no such data folder; give a prepared one with --data_dir, or leave it out for the sample"
+        )
     try:
         return Manifest.model_validate_json(path.read_bytes())
     except FileNotFoundError as error:

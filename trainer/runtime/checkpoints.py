@@ -44,7 +44,7 @@ def _checksum(path: Path) -> str:
     with path.open("rb") as file:
         while block := file.read(_BLOCK):
             checksum.update(block)
-    return checksum.digest().hex()
+    return bytes(checksum.digest()).hex()
 
 
 class Checkpoints:

@@ -50,7 +50,14 @@ class Run:
     def __init__(
         self, config: Config, folder: RunFolder, data: PairData, state: TrainState, stop: StopSignal, meter: Meter
     ) -> None:
-        self.config, self.folder, self.data, self.state, self.stop, self.meter = config, folder, data, state, stop, meter
+        self.config, self.folder, self.data, self.state, self.stop, self.meter = (
+            config,
+            folder,
+            data,
+            state,
+            stop,
+            meter,
+        )
         self.checkpoints = Checkpoints(folder.checkpoints, config.train.keep)
         self.summaries = Summaries(folder.summaries)
         self.evaluator = Evaluator(state.generator, data, config)

@@ -30,16 +30,16 @@ Batches = Iterator[Mapping[str, tf.Tensor]]
 def make_block(
     strategy: tf.distribute.Strategy, state: TrainState, config: Config, stop: StopSignal, batches: Batches
 ) -> Callable[[tf.Tensor], None]:
-    """A function of the graph: run steps until `state.step` reaches its argument, a stop is asked for, or one is not finite."""
+    """A graph function: run steps until `state.step` is its argument, a stop is asked for, or one is not finite."""
 
-    @tf.function
     def block(until: tf.Tensor) -> None:
         while (state.step < until) & state.healthy & ~stop.flag:
             tf.autograph.experimental.set_loop_options(parallel_iterations=1)
             result = strategy.run(train_step, (state, config, next(batches)))
             state.record(result.losses, result.finite)
 
-    return block
+    compiled: Callable[[tf.Tensor], None] = tf.function(block)
+    return compiled
 
 
 def train(config: Config, model_dir: Path) -> str:
@@ -183,7 +183,9 @@ def save_and_stop(run: Run, step: int, *, pending: bool) -> None:
     """
     if step and run.saved_step != step:
         run.checkpoint(step, pending=pending)
-    saved = f"step {run.saved_step} is saved in {run.folder.path}" if run.saved_step is not None else "nothing was trained yet"
+    saved = (
+        f"step {run.saved_step} is saved in {run.folder.path}" if run.saved_step is not None else "nothing was trained yet"
+    )
     raise StoppedError(f"{run.stop.received}: stopped; {saved}; the same command goes on from there")
 
 

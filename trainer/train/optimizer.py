@@ -26,7 +26,7 @@ def learning_rate(settings: OptimizerConfig, step: tf.Tensor, steps: int) -> tf.
     return rate * tf.clip_by_value((steps - tf.cast(step, tf.float64)) / half, 0.0, 1.0)
 
 
-class Adam(tf.Module):
+class Adam:
     """Adam (Kingma and Ba 2014, the form with both corrections in the step size) in one fused pass over each variable.
 
     m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2;  w <- w - rate sqrt(1 - b2^t) / (1 - b1^t)  m / (sqrt(v) + epsilon)
@@ -34,11 +34,14 @@ class Adam(tf.Module):
 
     def __init__(self, variables: Sequence[tf.Variable], settings: OptimizerConfig) -> None:
         """Make the moments, zero; call it where the variables were made (under the strategy's scope)."""
-        super().__init__()
         self._variables = list(variables)
         self._beta_1, self._beta_2 = settings.beta_1, settings.beta_2
         self.first_moments = [self._zeros(variable) for variable in variables]
         self.second_moments = [self._zeros(variable) for variable in variables]
+
+    def checkpoint(self) -> tf.train.Checkpoint:
+        """What is saved: the moments, not the variables that they belong to."""
+        return tf.train.Checkpoint(first_moments=self.first_moments, second_moments=self.second_moments)
 
     @staticmethod
     def _zeros(variable: tf.Variable) -> tf.Variable:
@@ -53,7 +56,9 @@ class Adam(tf.Module):
             number: which update this is, int64, from 1.
             allowed: bool scalar; where false nothing changes at all.
         """
-        powers = [tf.pow(tf.constant(beta, tf.float64), tf.cast(number, tf.float64)) for beta in (self._beta_1, self._beta_2)]
+        powers = [
+            tf.pow(tf.constant(beta, tf.float64), tf.cast(number, tf.float64)) for beta in (self._beta_1, self._beta_2)
+        ]
         context = tf.distribute.get_replica_context()
         context.merge_call(self._update_all, args=(list(gradients), rate, *powers, allowed))
 

@@ -40,7 +40,8 @@ def checkpoint_megabytes(*networks: keras.Model) -> float:
     """Size of a checkpoint: weights, their two Adam moments, and the moving statistics, in MB (10^6 bytes)."""
     trained = sum(trainable_parameters(network) for network in networks)
     total = sum(network.count_params() for network in networks)
-    return (trained * ADAM_COPIES + total - trained) * BYTES_PER_FLOAT / 1e6
+    floats: int = trained * ADAM_COPIES + total - trained
+    return floats * BYTES_PER_FLOAT / 1e6
 
 
 def describe_data(config: Config, data: PairData) -> Iterator[str]:
@@ -48,7 +49,8 @@ def describe_data(config: Config, data: PairData) -> Iterator[str]:
     manifest = data.manifest
     yield f"data: {manifest.name} ({'the packaged sample' if not config.data.dir else data.folder}), {manifest.licence}"
     for split, shards in manifest.splits.items():
-        yield f"  {split:6} {manifest.examples(split):>9,} pairs in {len(shards)} shards, {sum(s.bytes for s in shards) / 1e6:.1f} MB"
+        megabytes = sum(shard.bytes for shard in shards) / 1e6
+        yield f"  {split:6} {manifest.examples(split):>9,} pairs, {megabytes:.1f} MB, shards: {len(shards)}"
     for side, spec in (("input", data.specs.input), ("target", data.specs.target)):
         yield f"  {side:6} {spec.kind}, {spec.channels} channels, {spec.bit_depth} bits"
     yield ""
@@ -58,10 +60,12 @@ def describe_plan(config: Config, data: PairData, megabytes: float) -> Iterator[
     """Steps, epochs, and what is kept."""
     train = config.train
     epochs = train.steps / data.steps_per_epoch
-    yield f"plan: {train.steps:,} steps of {train.batch_size} pairs, {epochs:,.1f} epochs of {data.steps_per_epoch:,} steps"
-    yield f"  checkpoint every {train.checkpoint_every:,} steps, {megabytes:,.0f} MB each, {train.keep} newest and the best kept:"
-    yield f"  up to {megabytes * (train.keep + 2):,.0f} MB on disk while one is written"
-    yield f"  evaluation every {train.evaluate_every:,}, pictures every {train.sample_every:,}, scalars every {train.summary_every:,}"
+    yield f"plan: {train.steps:,} steps of batch size {train.batch_size}"
+    yield f"  {epochs:,.1f} epochs of {data.steps_per_epoch:,} steps"
+    yield f"  checkpoint every {train.checkpoint_every:,} steps, {megabytes:,.0f} MB each"
+    yield f"  {train.keep} newest and the best kept: up to {megabytes * (train.keep + 2):,.0f} MB while one is written"
+    yield f"  evaluation every {train.evaluate_every:,}, pictures every {train.sample_every:,} steps"
+    yield f"  scalars every {train.summary_every:,} steps"
 
 
 def describe(config: Config, data: PairData) -> str:

@@ -55,8 +55,8 @@ class TrainState:
         return tf.train.Checkpoint(
             generator=self.generator,
             discriminator=self.discriminator,
-            generator_optimizer=self.generator_optimizer,
-            discriminator_optimizer=self.discriminator_optimizer,
+            generator_optimizer=self.generator_optimizer.checkpoint(),
+            discriminator_optimizer=self.discriminator_optimizer.checkpoint(),
             step=self.step,
             loss_sums=self._sums,
             loss_count=self._count,

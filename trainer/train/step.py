@@ -19,7 +19,7 @@ LEVELS_PER_UNIT = 127.5  # of the 0 to 255 scale, in which L1 is reported
 
 
 class StepResult(NamedTuple):
-    """What a step tells: the losses as means over the global batch, and whether all was finite (agreed by all replicas)."""
+    """What a step tells: the losses, means over the global batch, and whether all was finite, the same on every replica."""
 
     losses: dict[str, tf.Tensor]
     finite: tf.Tensor
@@ -57,7 +57,7 @@ def train_step(state: TrainState, config: Config, batch: Mapping[str, tf.Tensor]
 def discriminator_step(
     state: TrainState, config: Config, batch: Mapping[str, tf.Tensor], generated: tf.Tensor, rate: tf.Tensor
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Update D on real pairs against ones and generated pairs against zeros; return its loss and whether it was sound."""
+    """Update D on real pairs against ones and generated against zeros; return its loss and whether it was sound."""
     weights = trainable(state.discriminator)
     with tf.GradientTape() as tape:
         real_logits = state.discriminator([batch["input"], batch["target"]], training=True)
