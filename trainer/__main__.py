@@ -12,6 +12,8 @@ from trainer.cluster import check_environment
 from trainer.config import SAMPLE_CONFIG, Config, load_config
 from trainer.errors import ExitCode, TrainerError, UserError
 from trainer.help import help_text
+from trainer.runtime.progress import log_to_stderr
+from trainer.runtime.startup import load_tensorflow
 
 COMMANDS = ("train",)
 STRATEGIES = ("auto", "one_device")
@@ -79,9 +81,7 @@ def run(argv: Sequence[str]) -> str:
         return f"pix2pix-trainer {__version__}"
     config, model_dir = resolve(values)
     check_environment(os.environ)
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    from trainer.runtime.progress import log_to_stderr
-
+    load_tensorflow()
     log_to_stderr()
     if values.dry_run:
         from trainer.train.plan import dry_run

@@ -24,7 +24,7 @@ _EXIT_CODES = """Exit codes:
 
 
 def _flag_lines(values: flags.FlagValues) -> list[str]:
-    return [f"  --{name:12} {values[name].help}" for name in values if len(name) > 1]
+    return [f"  --{name:12} {str(values[name].help).splitlines()[0]}" for name in values if len(name) > 1]
 
 
 def _shown(value: object) -> str:

@@ -21,7 +21,7 @@ from trainer.train.actions import Run
 from trainer.train.evaluate import InterruptedEvaluation
 from trainer.train.state import TrainState
 from trainer.train.step import train_step
-from trainer.versions import run_notes, warn_of_changes
+from trainer.runtime.versions import run_notes, warn_of_changes
 
 log = logging.getLogger(__name__)
 Batches = Iterator[Mapping[str, tf.Tensor]]
@@ -52,9 +52,10 @@ def train(config: Config, model_dir: Path) -> str:
     """
     threads = devices.configure_threads(config.runtime)
     strategy = devices.one_device()
+    given = PairData(Path(config.data.dir), config) if config.data.dir else None
     folder = RunFolder(model_dir)
     folder.check_config(config)
-    data = PairData(Path(config.data.dir) if config.data.dir else ensure_sample(folder.sample_data), config)
+    data = given or PairData(ensure_sample(folder.sample_data), config)
     mark = fingerprint(config, data.folder)
     folder.check_failure(mark)
     newest = Checkpoints(folder.checkpoints, config.train.keep).newest_whole()
@@ -152,9 +153,9 @@ def explain(run: Run, error: tf.errors.OpError) -> Exception:
 def diverged(run: Run, step: int) -> DivergedError:
     """The line that names step and losses."""
     losses = ", ".join(f"{name} {value:g}" for name, value in run.state.latest_losses().items())
-    kept = f"the checkpoint of step {run.saved_step} is kept" if run.saved_step is not None else "no checkpoint was due yet"
+    kept = "no checkpoint was due yet" if run.saved_step is None else f"the checkpoint of step {run.saved_step} is kept"
     return DivergedError(
-        f"step {step}: a loss or gradient is not finite ({losses}); its update was not made and {kept}; "
+        f"step {step}: a loss or gradient is not finite ({losses}); the run stops before that update and {kept}; "
         "lower optimizer.learning_rate or look at the pairs of this batch"
     )
 

@@ -1,0 +1,67 @@
+"""What many tests need: the sample as shards, small configs, 64-bit arithmetic, the command as a real process."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from trainer.config import Config, load_config
+from trainer.runtime.startup import load_tensorflow
+
+load_tensorflow()
+
+import keras  # noqa: E402
+
+from trainer.data.pipeline import PairData  # noqa: E402
+from trainer.data.sample import ensure_sample  # noqa: E402
+
+SMALL = (
+    "data.image_size=[64,64]",
+    "data.jitter=6",
+    "model.generator.filters=4",
+    "model.discriminator.filters=4",
+    "model.discriminator.receptive_field=16",
+)
+
+
+def small_config(*overrides: str) -> Config:
+    """Networks of four filters on 64x64 images: a step takes milliseconds."""
+    return load_config(None, [*SMALL, *overrides])
+
+
+@pytest.fixture(scope="session")
+def sample_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return ensure_sample(tmp_path_factory.mktemp("sample") / "data")
+
+
+@pytest.fixture
+def small_data(sample_folder: Path) -> PairData:
+    return PairData(sample_folder, small_config("train.batch_size=2"))
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """Networks, losses and updates in double precision, where equality means more."""
+    keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")
+    yield
+    keras.config.set_floatx("float32")
+    keras.config.set_dtype_policy("float32")
+
+
+def start_trainer(*arguments: str, **environment: str) -> subprocess.Popen[str]:
+    """`trainer ARGUMENTS` as its own process."""
+    command = [sys.executable, "-m", "trainer", *arguments]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ) | environment
+    )
+
+
+def run_trainer(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run `trainer ARGUMENTS` to its end."""
+    process = start_trainer(*arguments, **environment)
+    out, err = process.communicate(timeout=240)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)

@@ -1,0 +1,134 @@
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tests.conftest import small_config
+from trainer.data import order, records
+from trainer.data.pipeline import PairData
+from trainer.data.sample import SAMPLE_FOLDER, ensure_sample
+from trainer.errors import DataError
+
+
+def hashes(dataset: tf.data.Dataset) -> list[bytes]:
+    return [batch["input"].numpy().tobytes() + batch["target"].numpy().tobytes() for batch in dataset]
+
+
+def test_batches_are_a_function_of_the_step_alone(small_data: PairData) -> None:
+    all_at_once = hashes(small_data.training_batches(0, 45))
+    assert hashes(small_data.training_batches(17, 45)) == all_at_once[17:]
+    assert len(set(all_at_once)) == 45
+
+
+def test_batches_do_not_depend_on_threads_or_cache(sample_folder: Path) -> None:
+    plain = PairData(sample_folder, small_config("train.batch_size=2"))
+    cached = PairData(sample_folder, small_config("train.batch_size=2", "data.cache=memory"))
+    one_thread = tf.data.Options()
+    one_thread.threading.private_threadpool_size = 1
+    expected = hashes(plain.training_batches(0, 30).with_options(one_thread))
+    assert hashes(plain.training_batches(0, 30)) == expected
+    assert hashes(cached.training_batches(0, 30)) == expected
+
+
+def test_batches_hold_the_records_of_the_order_augmented_as_it_says(small_data: PairData) -> None:
+    """Recomputed record by record through the pure functions, in the second epoch."""
+    (batch,) = small_data.training_batches(21, 22)
+    numbers = order.epoch_order(40, 0, 1, 2)[1]
+    how = order.augmentation(numbers, 0, 1, 6, True)
+    for place, number in enumerate(numbers):
+        expected = reference_pair(small_data, int(number), how[place])
+        np.testing.assert_allclose(batch["target"][place], expected, atol=1e-5)
+    assert batch["index"].numpy().tolist() == [0, 1]
+
+
+def reference_pair(data: PairData, number: int, how: np.ndarray) -> np.ndarray:
+    """The target of a record, by another route: TensorFlow's own parser and resize on the original file."""
+    files = sorted((SAMPLE_FOLDER / "train").glob("*.jpg"))
+    picture = tf.io.decode_jpeg(files[number].read_bytes(), dct_method="INTEGER_ACCURATE")[:, 256:]
+    large = tf.image.resize(picture, (70, 70), antialias=True).numpy()
+    crop = large[how[0] : how[0] + 64, how[1] : how[1] + 64]
+    return (crop[:, ::-1] if how[2] else crop) / 127.5 - 1
+
+
+def test_an_epoch_reads_every_record_once(small_data: PairData) -> None:
+    numbers = [number for step in range(20) for number in small_data.batch_records(step).tolist()]
+    assert sorted(numbers) == list(range(40))
+
+
+def test_shapes_are_static(small_data: PairData) -> None:
+    spec = small_data.training_batches(0, 1).element_spec
+    assert spec["input"].shape == spec["target"].shape == (2, 64, 64, 3)
+    assert spec["index"].shape == (2,)
+
+
+def test_evaluation_keeps_the_stored_order_and_the_last_few(small_data: PairData) -> None:
+    test = small_data.split("test")
+    sizes = [batch["input"].shape[0] for batch in small_data.evaluation_batches(test, 4)]
+    places = [int(index) for batch in small_data.evaluation_batches(test, 4) for index in batch["index"]]
+    assert sizes == [4, 4, 4, 3]
+    assert places == list(range(15))
+
+
+def test_batch_larger_than_the_data_is_refused(sample_folder: Path) -> None:
+    with pytest.raises(DataError, match="train.batch_size: got 41, allowed: up to the 40 training pairs"):
+        PairData(sample_folder, small_config("train.batch_size=41"))
+
+
+@pytest.fixture
+def own_copy(sample_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(sample_folder, tmp_path / "data"))
+
+
+def shard_and_offset(folder: Path, number: int) -> tuple[Path, int, int]:
+    shards = records.read_manifest(folder).splits["train"]
+    shard, index = (shards[0], number) if number < shards[0].examples else (shards[1], number - shards[0].examples)
+    return folder / shard.file, shard.offsets[index], index
+
+
+def test_flipped_byte_names_shard_and_record(own_copy: Path) -> None:
+    path, offset, index = shard_and_offset(own_copy, 33)
+    content = bytearray(path.read_bytes())
+    content[offset + 500] ^= 1
+    path.write_bytes(content)
+    data = PairData(own_copy, small_config())
+    error = data.find_damage(data.train, range(40))
+    assert str(error).startswith(f"{path}, record {index}: the record's checksum does not match")
+    with pytest.raises(tf.errors.OpError):
+        list(data.training_batches(0, 40))
+
+
+def test_undecodable_image_names_shard_and_record(own_copy: Path) -> None:
+    """The frame is sound, the JPEG in it is not: the shard is written again with zeros in one picture."""
+    manifest = records.read_manifest(own_copy)
+    shard = manifest.splits["train"][0]
+    stored = list(tf.data.TFRecordDataset(str(own_copy / shard.file)).as_numpy_iterator())
+    start = stored[4].index(b"\xff\xd8\xff") + 2
+    stored[4] = stored[4][:start] + bytes(600) + stored[4][start + 600 :]
+    new = records.write_shard(own_copy / shard.file, stored)
+    splits = manifest.splits | {"train": [new, manifest.splits["train"][1]]}
+    records.write_manifest(own_copy, manifest.model_copy(update={"splits": splits}))
+    data = PairData(own_copy, small_config())
+    line = str(data.find_damage(data.train, range(40)))
+    assert line.startswith(f"{own_copy / shard.file}, record 4: ")
+    assert "{{" not in line
+    assert "\n" not in line
+
+
+def test_sound_records_are_not_accused(small_data: PairData) -> None:
+    assert small_data.find_damage(small_data.train, range(40)) is None
+
+
+def test_sample_is_the_same_bytes_each_time(sample_folder: Path, tmp_path: Path) -> None:
+    again = ensure_sample(tmp_path / "again")
+    names = sorted(path.name for path in sample_folder.iterdir())
+    assert names == sorted(path.name for path in again.iterdir())
+    assert all((sample_folder / name).read_bytes() == (again / name).read_bytes() for name in names)
+
+
+def test_half_made_sample_is_made_again(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train-00000-of-00002.tfrecord").write_bytes(b"torn")
+    assert records.read_manifest(ensure_sample(tmp_path / "data")).examples("train") == 40
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]

@@ -1,0 +1,95 @@
+"""The laws that no single file can hold: who imports whom, who touches files, how long functions are."""
+
+import ast
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "trainer"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+FOUNDATION = {"trainer", "trainer.config", "trainer.cluster", "trainer.errors"}
+ROOMS = {"trainer.data", "trainer.model", "trainer.runtime"}
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+def room_of(module: str) -> str:
+    return ".".join(module.split(".")[:2])
+
+
+def imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            folder = (PACKAGE.parent / node.module.replace(".", "/")).is_dir()
+            yield from (f"{node.module}.{alias.name}" if folder else node.module for alias in node.names)
+
+
+def allowed(importer: str, imported: str) -> bool:
+    room, other = room_of(importer), room_of(imported)
+    if other == room or imported in FOUNDATION or imported == "trainer.__version__":
+        return True
+    if importer in FOUNDATION:
+        return False
+    if room in ROOMS:
+        return False
+    if room == "trainer.train":
+        return other in ROOMS
+    return importer == "trainer.__main__"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_imports_keep_the_law(path: Path) -> None:
+    own = [imported for imported in imports(path) if imported.split(".")[0] == "trainer"]
+    assert [imported for imported in own if not allowed(name_of(path), imported)] == []
+
+
+@pytest.mark.parametrize("name", ["trainer.config", "trainer.cluster", "trainer.errors", "trainer.help", "trainer.__main__"])
+def test_what_answers_a_wrong_key_does_not_load_tensorflow(name: str) -> None:
+    """Checked on the text here, and by the clock in test_main."""
+    tree = ast.parse((PACKAGE / f"{name.split('.')[1]}.py").read_text())
+    top_level = [ast.unparse(node) for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    heavy = ("import tensorflow", "from tensorflow", "import keras", "trainer.train", "trainer.data", "trainer.model")
+    assert [line for line in top_level if any(word in line for word in heavy)] == []
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_only_cluster_and_the_entry_read_the_environment(path: Path) -> None:
+    if name_of(path) not in {"trainer.__main__", "trainer.runtime.startup"}:
+        assert "os.environ" not in path.read_text()
+        assert "getenv" not in path.read_text()
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_only_data_and_runtime_write_files(path: Path) -> None:
+    writers = (".write_text(", ".write_bytes(", ".open(", "open(", ".mkdir(", ".unlink(")
+    if room_of(name_of(path)) not in {"trainer.data", "trainer.runtime"}:
+        assert [word for word in writers if word in path.read_text()] == []
+
+
+def functions() -> list[ast.FunctionDef]:
+    return [node for path in MODULES for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+
+
+def body_length(function: ast.FunctionDef) -> int:
+    first = function.body[1] if ast.get_docstring(function) and len(function.body) > 1 else function.body[0]
+    return (function.end_lineno or 0) - first.lineno + 1
+
+
+def test_functions_are_short() -> None:
+    lengths = sorted(body_length(function) for function in functions())
+    assert statistics.median(lengths) < 13
+    assert lengths[-1] <= 40
+
+
+def test_nothing_hides_an_error() -> None:
+    for path in MODULES:
+        text = path.read_text()
+        assert [word for word in ("ignore_errors", "nan_to_num", "except:", "except Exception") if word in text] == []

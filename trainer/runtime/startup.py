@@ -1,0 +1,35 @@
+"""Loading TensorFlow without the lines that it prints at every start and that call for nothing to be done."""
+
+import importlib
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_NOISE = (b"All log messages before absl::InitializeLog()", b"oneDNN custom operations are on")
+
+
+@contextmanager
+def _filtered_stderr() -> Iterator[None]:
+    """Hold back what is written to file descriptor 2, by C++ too, and then pass on all of it but the known noise."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            held.seek(0)
+            lines = [line for line in held if not any(noise in line for noise in _NOISE)]
+            os.write(2, b"".join(lines))
+
+
+def load_tensorflow() -> None:
+    """Import TensorFlow and Keras once, quietly; warnings and errors of later TensorFlow code are shown."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
+    with _filtered_stderr():
+        importlib.import_module("tensorflow")
+        importlib.import_module("keras")
