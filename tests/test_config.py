@@ -36,7 +36,10 @@ def test_defaults_are_the_papers_settings() -> None:
         ("optimiser: {}", "run.yaml: unknown key optimiser; did you mean optimizer?"),
         ("data: {cache: disk}", "run.yaml: data.cache: got 'disk', allowed: 'none' or 'memory'"),
         ("train: {steps_per_loop: fast}", "run.yaml: train.steps_per_loop: got 'fast', allowed: 'auto' or a whole number"),
-        ("data: {image_size: [250, 256]}", "run.yaml: data.image_size[0]: got 250, allowed: a multiple of 16, such as 240 or 256"),
+        (
+            "data: {image_size: [250, 256]}",
+            "run.yaml: data.image_size[0]: got 250, allowed: a multiple of 16, such as 240 or 256",
+        ),
         ("model: {dropout: 1.0}", "run.yaml: model.dropout: got 1.0, allowed: a number below 1.0"),
         ("optimizer: {learning_rate: .inf}", "run.yaml: optimizer.learning_rate: got inf, allowed: a finite number"),
         ("model: 3", "run.yaml: model: got 3, allowed: a section with keys of its own"),

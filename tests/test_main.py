@@ -80,8 +80,9 @@ def test_legacy_keras_is_refused_at_once() -> None:
 
 def test_without_tensorflow_the_line_says_what_to_install() -> None:
     """Imports of TensorFlow are blocked in a real process, as if it were not there."""
-    block = "import sys, importlib.util as u; f = u.find_spec; u.find_spec = lambda n, *a: None if n == 'tensorflow' else f(n, *a)"
-    code = f"{block}; sys.argv = ['trainer']; from trainer.__main__ import main; main()"
+    hide = "u.find_spec = lambda name, *rest: None if name == 'tensorflow' else find(name, *rest)"
+    code = f"import sys, importlib.util as u; find = u.find_spec; {hide}; sys.argv = ['trainer']"
+    code += "; import trainer.__main__ as entry; entry.main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("trainer: TensorFlow is not installed: pip install 'pix2pix-trainer[cpu]'")

@@ -72,7 +72,7 @@ def test_evaluation_keeps_the_stored_order_and_the_last_few(small_data: PairData
 
 
 def test_batch_larger_than_the_data_is_refused(sample_folder: Path) -> None:
-    with pytest.raises(DataError, match="train.batch_size: got 41, allowed: up to the 40 training pairs"):
+    with pytest.raises(DataError, match=r"train\.batch_size: got 41, allowed: up to the 40 training pairs"):
         PairData(sample_folder, small_config("train.batch_size=41"))
 
 

@@ -57,7 +57,11 @@ def test_seeds_steps_layers_and_examples_have_masks_of_their_own() -> None:
     """Two independent halves agree in half of the elements; 65536 elements, five standard deviations are 0.01."""
     layer = KeyedDropout(0.5, 0, at_inference=True)
     base = mask(layer, keys_at(5))
-    others = [mask(layer, keys_at(6)), mask(layer, keys_at(5, seed=1)), mask(KeyedDropout(0.5, 1, at_inference=True), keys_at(5))]
+    others = [
+        mask(layer, keys_at(6)),
+        mask(layer, keys_at(5, seed=1)),
+        mask(KeyedDropout(0.5, 1, at_inference=True), keys_at(5)),
+    ]
     for other in [*others, np.roll(base, 1, axis=0)]:
         assert abs((base == other).mean() - 0.5) < 0.01
 

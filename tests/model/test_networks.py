@@ -1,5 +1,7 @@
 """Both networks: parameter counts, sizes, constants read from the built model, receptive fields seen in the gradient."""
 
+from itertools import pairwise
+
 import keras
 import numpy as np
 import pytest
@@ -31,7 +33,7 @@ def paper_patchgan() -> keras.Model:
 def test_unet_has_the_papers_parameters(paper_unet: keras.Model) -> None:
     """54.4 million, counted here from the paper's list of layers: kernels of 4x4, gamma and beta with each norm."""
     encoder = [3, 64, 128, 256, 512, 512, 512, 512, 512]
-    kernels = sum(16 * a * b for a, b in zip(encoder[:-1], encoder[1:], strict=True))
+    kernels = sum(16 * a * b for a, b in pairwise(encoder))
     inputs, outputs = [512, 1024, 1024, 1024, 1024, 512, 256], [512, 512, 512, 512, 256, 128, 64]
     kernels += sum(16 * a * b for a, b in zip(inputs, outputs, strict=True)) + 16 * 128 * 3
     norms = 2 * (sum(encoder[2:-1]) + sum(outputs))
@@ -100,7 +102,9 @@ def test_constants_are_the_papers_in_the_built_models(paper_unet: keras.Model, p
     assert (len(leaky), len(norms)) == (7 + 4, 13 + 3)
 
 
-def test_first_and_innermost_levels_and_the_logits_have_no_norm(paper_unet: keras.Model, paper_patchgan: keras.Model) -> None:
+def test_first_and_innermost_levels_and_the_logits_have_no_norm(
+    paper_unet: keras.Model, paper_patchgan: keras.Model
+) -> None:
     names = {layer.name for network in (paper_unet, paper_patchgan) for layer in network.layers}
     for level in ("generator_down1", "generator_down8", "generator_output", "discriminator_conv1", "discriminator_logits"):
         assert level in names
@@ -138,7 +142,10 @@ def test_bottleneck_passes_information_at_batch_size_1() -> None:
     """The erratum: a norm over the single pixel of the bottleneck would make it a constant."""
     network = unet(small_config("model.dropout=0.0").model, (64, 64), 3, 3, 0)
     inner = keras.Model(network.inputs, network.get_layer("generator_down6").output)
-    outs = [inner([tf.random.stateless_normal((1, 64, 64, 3), (seed, 0)), inference_keys(0, 1)], training=True) for seed in (1, 2)]
+    outs = [
+        inner([tf.random.stateless_normal((1, 64, 64, 3), (seed, 0)), inference_keys(0, 1)], training=True)
+        for seed in (1, 2)
+    ]
     assert outs[0].shape == (1, 1, 1, 32)
     assert float(tf.reduce_max(tf.abs(outs[0] - outs[1]))) > 1e-3
 

@@ -2,7 +2,8 @@
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +37,7 @@ class Split:
         self._folder = folder
         self._shards = manifest.splits.get(name, [])
         self._starts = np.cumsum([0] + [shard.examples for shard in self._shards])
+        self.damage: DataError | None = None
         self._cache: dict[int, bytes] | None = {} if cache else None
 
     @property
@@ -68,6 +70,17 @@ class Split:
         if self._cache is not None:
             self._cache[number] = record
         return record
+
+    def read_or_note(self, number: int) -> bytes:
+        """The bytes of one record; of a damaged one b"", which no decoder takes, and the reason is kept in `damage`.
+
+        TensorFlow would print an exception that passes through it, with its traceback, beside the one line we give.
+        """
+        try:
+            return self.read(number)
+        except DataError as error:
+            self.damage = error
+            return b""
 
     def _read_from_shard(self, shard: records.Shard, index: int) -> bytes:
         ends = shard.offsets[index + 1 : index + 2] or [shard.bytes]
@@ -137,7 +150,7 @@ class PairData:
         """
 
         def read_step(step: NDArray[np.int64]) -> tuple[NDArray[np.object_], NDArray[np.int32]]:
-            encoded = [self.train.read(int(number)) for number in self.batch_records(int(step))]
+            encoded = [self.train.read_or_note(int(number)) for number in self.batch_records(int(step))]
             return np.array(encoded, dtype=object), self._augmentation(int(step))
 
         size = self._config.train.batch_size
@@ -161,7 +174,7 @@ class PairData:
         """
 
         def read_one(number: NDArray[np.int64]) -> bytes:
-            return split.read(int(number))
+            return split.read_or_note(int(number))
 
         def read(number: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
             encoded = tf.ensure_shape(tf.numpy_function(read_one, [number], tf.string), [])
@@ -181,7 +194,23 @@ class PairData:
 
         return prepare
 
-    def find_damage(self, split: Split, numbers: Sequence[int]) -> DataError | None:
+    @contextmanager
+    def naming_damage(self, split: Split, numbers: Callable[[], Iterable[int]]) -> Iterator[None]:
+        """Turn a failure of the input pipeline into the DataError that names the record.
+
+        Args:
+            split: what is being read.
+            numbers: called after a failure; the records among which the damaged one must be.
+        """
+        try:
+            yield
+        except tf.errors.OpError as error:
+            damage = split.damage or self.find_damage(split, numbers())
+            if damage is None:
+                raise
+            raise damage from error
+
+    def find_damage(self, split: Split, numbers: Iterable[int]) -> DataError | None:
         """Read and decode the records one by one, and name the first that fails; None if all are sound.
 
         A failure inside the input pipeline does not say which record it met; the order is known, so a second look does.

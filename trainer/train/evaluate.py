@@ -71,13 +71,15 @@ class Evaluator:
 
         Raises:
             InterruptedEvaluation: `interrupted()` became true.
+            DataError: a record is damaged.
         """
         columns: list[list[NDArray[np.float32]]] = [[] for _ in Scores._fields]
-        for batch in self._data.evaluation_batches(split, EVALUATION_BATCH):
-            if interrupted():
-                raise InterruptedEvaluation
-            for column, values in zip(columns, self._scores(batch["input"], batch["target"]), strict=True):
-                column.append(values.numpy())
+        with self._data.naming_damage(split, lambda: range(split.examples)):
+            for batch in self._data.evaluation_batches(split, EVALUATION_BATCH):
+                if interrupted():
+                    raise InterruptedEvaluation
+                for column, values in zip(columns, self._scores(batch["input"], batch["target"]), strict=True):
+                    column.append(values.numpy())
         means = {
             name: round(float(np.concatenate(column).mean(dtype=np.float64)), 6)
             for name, column in zip(Scores._fields, columns, strict=True)
@@ -88,6 +90,7 @@ class Evaluator:
         """Input, target and output of the first few validation pairs (of training, if there is no val), uint8."""
         split = self._data.split("val")
         split = split if split.examples else self._data.train
-        batch = next(iter(self._data.evaluation_batches(split, SAMPLE_PAIRS, SAMPLE_PAIRS)))
+        with self._data.naming_damage(split, lambda: range(min(SAMPLE_PAIRS, split.examples))):
+            batch = next(iter(self._data.evaluation_batches(split, SAMPLE_PAIRS, SAMPLE_PAIRS)))
         images = {"input": batch["input"], "target": batch["target"], "output": self._draw(batch["input"])}
         return [(name, from_unit_range(image).numpy().astype(np.uint8)) for name, image in images.items()]

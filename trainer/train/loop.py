@@ -17,11 +17,11 @@ from trainer.runtime.preemption import StopSignal
 from trainer.runtime.progress import Progress
 from trainer.runtime.run_folder import RunFolder, fingerprint
 from trainer.runtime.summaries import cut_events_after
+from trainer.runtime.versions import run_notes, warn_of_changes
 from trainer.train.actions import Run
 from trainer.train.evaluate import InterruptedEvaluation
 from trainer.train.state import TrainState
 from trainer.train.step import train_step
-from trainer.runtime.versions import run_notes, warn_of_changes
 
 log = logging.getLogger(__name__)
 Batches = Iterator[Mapping[str, tf.Tensor]]
@@ -133,21 +133,13 @@ def run_block(run: Run, block: Callable[[tf.Tensor], None], step: int) -> int:
     """
     until = min(step + run.steps_per_block(), *(action.every.next_after(step) for action in run.actions()))
     run.meter.start()
-    try:
+    with run.data.naming_damage(run.data.train, lambda: run.data.batch_records(int(run.state.step.numpy())).tolist()):
         block(tf.constant(until, tf.int64))
-    except tf.errors.OpError as error:
-        raise explain(run, error) from error
     reached = int(run.state.step.numpy())
     run.meter.stop(reached - step)
     if not run.state.healthy.numpy():
         raise diverged(run, reached + 1)
     return reached
-
-
-def explain(run: Run, error: tf.errors.OpError) -> Exception:
-    """The damaged record that made the step fail, or the error itself if the data are sound."""
-    numbers = run.data.batch_records(int(run.state.step.numpy()))
-    return run.data.find_damage(run.data.train, numbers.tolist()) or error
 
 
 def diverged(run: Run, step: int) -> DivergedError:

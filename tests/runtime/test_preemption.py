@@ -1,0 +1,70 @@
+"""Real signals to a real process that is deep in a TensorFlow call."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+PROGRAM = """
+import logging, time, sys
+from trainer.runtime.startup import load_tensorflow
+load_tensorflow()
+import tensorflow as tf
+from trainer.runtime.preemption import StopSignal
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+
+def spin(flag):
+    count = tf.constant(0)
+    while (count < 100_000_000) & ~flag:
+        count += 1
+    return count
+
+with StopSignal() as stop:
+    compiled = tf.function(lambda: spin(stop.flag)).get_concrete_function()
+    print("ready", flush=True)
+    compiled()
+    print(f"left the block after {stop.received}", flush=True)
+    if "wait" in sys.argv:
+        time.sleep(30)
+print("restored")
+"""
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    program = folder / "program.py"
+    program.write_text(PROGRAM)
+    process = subprocess.Popen(
+        [sys.executable, str(program), *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert process.stdout is not None
+    while "ready" not in process.stdout.readline():
+        assert process.poll() is None
+    time.sleep(0.3)
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_ends_a_block_of_steps_within_a_second(number: signal.Signals, tmp_path: Path) -> None:
+    process = start(tmp_path)
+    began = time.monotonic()
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=30)
+    assert f"left the block after {number.name}" in out
+    assert "restored" in out
+    assert process.returncode == 0
+    assert time.monotonic() - began < 2  # with the interpreter's own end
+
+
+def test_second_signal_leaves_at_once(tmp_path: Path) -> None:
+    process = start(tmp_path, "wait")
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=30)
+    assert time.monotonic() - began < 1
+    assert process.returncode == 143
+    assert "SIGTERM again: leaving at once, without saving" in out

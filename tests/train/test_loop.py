@@ -1,0 +1,239 @@
+"""Whole runs as real processes: killed, stopped, resumed, diverged, finished."""
+
+import json
+import random
+import re
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+from tests.conftest import SMALL, run_trainer, start_trainer
+from trainer.data import records
+from trainer.runtime.checkpoints import Checkpoints, Marker
+
+STEPS = 400
+SETTINGS = (
+    *SMALL, "train.batch_size=2", f"train.steps={STEPS}", "train.checkpoint_every=35", "train.summary_every=20",
+    "train.sample_every=100", "train.evaluate_every=50", "train.keep=2", "optimizer.schedule=linear_decay",
+)  # fmt: skip
+
+
+def arguments(folder: Path, *overrides: str) -> list[str]:
+    return [f"--model_dir={folder}", *(f"--set={setting}" for setting in (*SETTINGS, *overrides))]
+
+
+def newest(folder: Path) -> Marker | None:
+    markers = Checkpoints(folder / "checkpoints", 2).markers() if (folder / "checkpoints").is_dir() else []
+    return markers[-1] if markers else None
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every tensor of the newest checkpoint, and everything else that a run leaves, but for times of day."""
+    marker = newest(folder)
+    assert marker is not None
+    reader = tf.train.load_checkpoint(str(folder / "checkpoints" / marker.prefix))
+    found = {
+        name: reader.get_tensor(name).tobytes()
+        for name in reader.get_variable_to_shape_map()
+        if name != "_CHECKPOINTABLE_OBJECT_GRAPH"
+    }
+    found["metrics"] = (folder / "metrics.jsonl").read_bytes()
+    found["best"] = (folder / "checkpoints" / "best.json").read_bytes()
+    for picture in (folder / "samples").iterdir():
+        found[picture.name] = np.asarray(Image.open(picture)).tobytes()
+    found["scalars"] = repr(scalars(folder)).encode()
+    return found
+
+
+def scalars(folder: Path) -> list[tuple[int, str, float]]:
+    found = []
+    for path in (folder / "summaries").glob("*/events*"):
+        for record in tf.data.TFRecordDataset(str(path)).as_numpy_iterator():
+            event = tf.compat.v1.Event.FromString(record)
+            values = [(event.step, value.tag, float(tf.make_ndarray(value.tensor))) for value in event.summary.value]
+            found += [value for value in values if value[1] != "images_per_second"]
+    return sorted(found)
+
+
+def wait_for_step(process: object, folder: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while (marker := newest(folder)) is None or marker.step < step:
+        assert process.poll() is None, process.stderr.read()  # type: ignore[attr-defined]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    done = run_trainer(*arguments(folder))
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def assert_same_run(folder: Path, other: Path) -> None:
+    ours, theirs = contents(folder), contents(other)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if ours[name] != theirs[name]] == []
+
+
+def test_killed_at_three_random_moments_it_ends_with_the_same_bits(undisturbed: Path, tmp_path: Path) -> None:
+    """Weights, moments, losses' sums, metrics, pictures and scalars, dropout on; SIGKILL leaves no time for anything."""
+    folder, moments = tmp_path / "run", random.Random(20161121)
+    for after in (70, 140, 245):
+        process = start_trainer(*arguments(folder))
+        wait_for_step(process, folder, after)
+        time.sleep(moments.uniform(0, 0.6))
+        process.send_signal(signal.SIGKILL)
+        process.communicate(timeout=30)
+        assert process.returncode == -signal.SIGKILL, "it was over before the kill"
+    done = run_trainer(*arguments(folder))
+    assert done.returncode == 0, done.stderr
+    assert "going on from the checkpoint of step" in done.stderr
+    assert_same_run(folder, undisturbed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopped_by_a_signal_it_saves_and_ends_with_the_same_bits(
+    number: signal.Signals, undisturbed: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    process = start_trainer(*arguments(folder))
+    wait_for_step(process, folder, 105)
+    began = time.monotonic()
+    process.send_signal(number)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 143
+    assert time.monotonic() - began < 5
+    last = err.strip().splitlines()[-1]
+    saved = re.fullmatch(
+        rf"trainer: {number.name}: stopped; step (\d+) is saved in {folder}; the same command goes on from there", last
+    )
+    marker = newest(folder)
+    assert saved, last
+    assert marker is not None
+    assert marker.step == int(saved[1]) >= 105
+    assert run_trainer(*arguments(folder)).returncode == 0
+    assert_same_run(folder, undisturbed)
+
+
+def test_blocks_of_any_length_give_the_same_bits(undisturbed: Path, tmp_path: Path) -> None:
+    done = run_trainer(*arguments(tmp_path / "run", "train.steps_per_loop=7", "data.cache=memory"))
+    assert done.returncode == 0, done.stderr
+    assert_same_run(tmp_path / "run", undisturbed)
+
+
+def test_a_run_leaves_what_the_readme_says(undisturbed: Path) -> None:
+    assert {path.name for path in undisturbed.iterdir()} == {
+        ".lock", "config.yaml", "checkpoints", "summaries", "samples", "metrics.jsonl", "data"
+    }  # fmt: skip
+    lines = [json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [*range(50, STEPS + 1, 50), STEPS]
+    assert list(lines[0]) == ["step", "split", "images", "l1", "psnr", "ssim"]
+    assert [line["split"] for line in lines] == ["val"] * 8 + ["test"]
+    assert lines[-1]["l1"] < lines[0]["l1"], "400 steps make the pictures better"
+    best = json.loads((undisturbed / "checkpoints" / "best.json").read_text())
+    assert best["val_l1"] == min(line["l1"] for line in lines[:-1])
+    kept = [marker.step for marker in Checkpoints(undisturbed / "checkpoints", 2).markers()]
+    assert kept == sorted({best["step"], *kept[-2:]})
+    assert kept[-1] == STEPS
+    tags = {tag for _, tag, _ in scalars(undisturbed)}
+    assert tags == {"loss/discriminator", "loss/generator_gan", "loss/l1", "l1", "psnr", "ssim"}
+
+
+def test_finished_run_says_so_and_changes_nothing(undisturbed: Path) -> None:
+    before = contents(undisturbed)
+    began = time.monotonic()
+    done = run_trainer(*arguments(undisturbed))
+    assert done.returncode == 0
+    assert time.monotonic() - began < 10
+    assert done.stdout.startswith("this run is finished; raise train.steps to go on\n")
+    assert re.search(r"^test L1 \d+\.\d of 255$", done.stdout, re.MULTILINE)
+    assert contents(undisturbed) == before
+
+
+def test_other_settings_are_refused_and_more_steps_are_not(undisturbed: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(undisturbed, tmp_path / "run"))
+    refused = run_trainer(*arguments(folder, "model.norm=instance", "data.mirror=false"))
+    assert refused.returncode == 2
+    assert "config.yaml: data.mirror: True in the run, False now" in refused.stderr
+    assert "config.yaml: model.norm: 'batch' in the run, 'instance' now" in refused.stderr
+    longer = run_trainer(*arguments(folder, f"train.steps={STEPS + 10}"))
+    marker = newest(folder)
+    assert longer.returncode == 0, longer.stderr
+    assert marker is not None
+    assert marker.step == STEPS + 10
+
+
+def test_damaged_newest_checkpoint_falls_back_and_ends_with_the_same_bits(undisturbed: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(undisturbed, tmp_path / "run"))
+    path = next((folder / "checkpoints").glob(f"step-{STEPS:08d}-*.data*"))
+    path.write_bytes(path.read_bytes()[:-1])
+    done = run_trainer(*arguments(folder))
+    assert done.returncode == 0, done.stderr
+    assert f"warning: checkpoint of step {STEPS} is damaged" in done.stderr
+    assert_same_run(folder, undisturbed)
+
+
+def test_divergence_ends_with_3_keeps_the_last_good_and_is_not_replayed(tmp_path: Path) -> None:
+    """A learning rate that overflows within a few steps of the first checkpoint."""
+    folder = tmp_path / "run"
+    flags = arguments(folder, "optimizer.learning_rate=1e25", "train.checkpoint_every=1", "train.evaluate_every=0")
+    done = run_trainer(*flags)
+    assert done.returncode == 3
+    last = done.stderr.strip().splitlines()[-1]
+    found = re.match(
+        r"trainer: step (\d+): a loss or gradient is not finite \(discriminator \S+, generator_gan \S+, l1 \S+\); ", last
+    )
+    assert found, last
+    marker = newest(folder)
+    assert (marker.step if marker else 0) == int(found[1]) - 1
+    began = time.monotonic()
+    again = run_trainer(*flags)
+    assert again.returncode == 3
+    assert time.monotonic() - began < 10
+    assert last in again.stderr
+    mended = run_trainer(*arguments(tmp_path / "other", "train.steps=3"))
+    assert mended.returncode == 0, mended.stderr
+
+
+def test_damaged_record_ends_with_2_and_names_shard_and_record(sample_folder: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(sample_folder, tmp_path / "data"))
+    shard = records.read_manifest(data).splits["train"][1]
+    content = bytearray((data / shard.file).read_bytes())
+    content[shard.offsets[7] + 900] ^= 4
+    (data / shard.file).write_bytes(content)
+    done = run_trainer(*arguments(tmp_path / "run"), f"--data_dir={data}")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"trainer: {data / shard.file}, record 7: the record's checksum")
+    assert "Traceback" not in done.stderr
+    shutil.copy(sample_folder / shard.file, data / shard.file)
+    assert run_trainer(*arguments(tmp_path / "run", "train.steps=40"), f"--data_dir={data}").returncode == 0
+
+
+def test_other_data_are_refused(undisturbed: Path, sample_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(undisturbed, tmp_path / "run"))
+    data = Path(shutil.copytree(sample_folder, tmp_path / "data"))
+    manifest = records.read_manifest(data)
+    records.write_manifest(data, manifest.model_copy(update={"splits": manifest.splits | {"train": manifest.splits["val"]}}))
+    done = run_trainer(*arguments(folder, f"train.steps={STEPS + 1}"), f"--data_dir={data}")
+    assert done.returncode == 2
+    assert "was trained on other data" in done.stderr
+
+
+def test_damaged_record_in_val_names_shard_and_record(sample_folder: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(sample_folder, tmp_path / "data"))
+    shard = records.read_manifest(data).splits["val"][0]
+    content = bytearray((data / shard.file).read_bytes())
+    content[shard.offsets[5] + 900] ^= 4
+    (data / shard.file).write_bytes(content)
+    done = run_trainer(*arguments(tmp_path / "run"), f"--data_dir={data}")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"trainer: {data / shard.file}, record 5: the record's checksum")
+    assert "Traceback" not in done.stderr
