@@ -15,11 +15,11 @@ $(BIN)/python:
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
 $(VENV)/.installed-cpu: setup.py | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable '.[cpu]'
+	$(BIN)/python -m pip install -qq --editable '.[cpu]'
 	@touch $@
 
 $(VENV)/.installed-dev: setup.py | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable '.[cpu,dev]'
+	$(BIN)/python -m pip install -qq --editable '.[cpu,dev]'
 	@touch $@ $(VENV)/.installed-cpu
 
 quickstart: $(VENV)/.installed-cpu ## install, train on the sample for about two minutes, say where the pictures are

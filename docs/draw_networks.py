@@ -59,30 +59,30 @@ def draw_generator(network: keras.Model) -> str:
     """Encoder and decoder on one line, skips as arcs over it."""
     layers, gap, middle = convolutions(network), 66, 268
     half = len(layers) // 2
-    body = list(box(20, middle, network.input_shape[0][1], "image", ["image", f"{network.input_shape[0][3]} channels"]))
+    body = list(box(40, middle, network.input_shape[0][1], "image", ["image", f"{network.input_shape[0][3]} channels"]))
     for number, layer in enumerate(layers, 1):
         kind = "output" if number == len(layers) else "down" if number <= half else "up"
-        body += box(20 + gap * number, middle, layer.output.shape[1], kind, describe(network, layer))
+        body += box(40 + gap * number, middle, layer.output.shape[1], kind, describe(network, layer))
     for number in range(1, half):
-        left, right = 31 + gap * number, 31 + gap * (2 * half - number)
+        left, right = 51 + gap * number, 51 + gap * (2 * half - number)
         top, rise = middle - height_of(layers[number - 1].output.shape[1]) / 2, 6 + 13 * (half - number)
         path = f"M{left},{top:.1f} C{left},{top - rise - 40:.1f} {right},{top - rise - 40:.1f} {right},{top - 2:.1f}"
         body.append(f'<path d="{path}" fill="none" stroke="#888" stroke-dasharray="4 3" marker-end="url(#a)"/>')
     title = "Generator: U-Net. Blue: convolution 4x4, stride 2. Orange: transposed convolution 4x4, stride 2. Dashed: skips."
-    return document(20 + gap * (len(layers) + 1), 440, title, body)
+    return document(40 + gap * (len(layers) + 1), 440, title, body)
 
 
 def draw_discriminator(network: keras.Model, field: int) -> str:
     """The convolutions in a row."""
     layers, gap, middle = convolutions(network), 110, 160
     channels = sum(shape[3] for shape in network.input_shape)
-    body = list(box(20, middle, network.input_shape[0][1], "image", ["input and target", f"{channels} channels"]))
+    body = list(box(40, middle, network.input_shape[0][1], "image", ["input and target", f"{channels} channels"]))
     for number, layer in enumerate(layers, 1):
         kind = "logits" if number == len(layers) else "conv"
         lines = [*describe(network, layer), f"stride {layer.strides[0]}"]
-        body += box(20 + gap * number, middle, layer.output.shape[1], kind, lines)
+        body += box(40 + gap * number, middle, layer.output.shape[1], kind, lines)
     title = f"Discriminator: PatchGAN. Each logit sees {field}x{field} pixels of the pair."
-    return document(20 + gap * (len(layers) + 1), 330, title, body)
+    return document(40 + gap * (len(layers) + 1), 330, title, body)
 
 
 def drawings() -> dict[str, str]:
