@@ -1,7 +1,9 @@
 # The two commands of a newcomer are `make quickstart` and `make test`; `make help` lists the rest.
 
 VENV   ?= .venv
-PYTHON ?= $(shell command -v python3.12 || command -v python3.11 || command -v python3)
+# The first Python that runs and is 3.11 or 3.12; a name on the path may be a stub for a version that is not there.
+PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && echo $$p && break; done)
 BIN    := $(VENV)/bin
 
 .PHONY: help quickstart test test-all lint format drawings clean
@@ -10,15 +12,17 @@ help: ## list the commands
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
 $(BIN)/python:
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v in ((3, 11), (3, 12)) else f"make: Python 3.11 or 3.12 is needed, this is {v[0]}.{v[1]}; try make PYTHON=/path/to/python3.12")'
+	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or 3.12 found; try make PYTHON=/path/to/python3.12" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
 $(VENV)/.installed-cpu: setup.py | $(BIN)/python
+	@echo "installing TensorFlow and the trainer into $(VENV): about 1.7 GB, a minute or more"
 	$(BIN)/python -m pip install -qq --editable '.[cpu]'
 	@touch $@
 
 $(VENV)/.installed-dev: setup.py | $(BIN)/python
+	@echo "installing TensorFlow, the trainer and the tools for tests into $(VENV): about 2 GB, a minute or more"
 	$(BIN)/python -m pip install -qq --editable '.[cpu,dev]'
 	@touch $@ $(VENV)/.installed-cpu
 

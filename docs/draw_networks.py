@@ -25,7 +25,8 @@ def height_of(side: int) -> float:
 def box(x: float, middle: float, side: int, kind: str, lines: list[str]) -> Iterator[str]:
     """One layer: a bar, and what it is below the lowest bar."""
     height = height_of(side)
-    yield f'<rect x="{x}" y="{middle - height / 2:.1f}" width="22" height="{height:.1f}" rx="3" fill="{FILL[kind]}" stroke="#444"/>'
+    top, look = middle - height / 2, f'rx="3" fill="{FILL[kind]}" stroke="#444"'
+    yield f'<rect x="{x}" y="{top:.1f}" width="22" height="{height:.1f}" {look}/>'
     for number, line in enumerate(lines):
         yield f'<text x="{x + 11}" y="{middle + 92 + 15 * number}" text-anchor="middle" font-size="11">{line}</text>'
 
@@ -49,7 +50,8 @@ def describe(network: keras.Model, layer: keras.layers.Layer) -> list[str]:
 
 def document(width: float, height: float, title: str, body: list[str]) -> str:
     """The SVG around the shapes."""
-    arrow = '<marker id="a" markerWidth="8" markerHeight="8" refX="7" refY="3" orient="auto"><path d="M0,0 L7,3 L0,6 z" fill="#888"/></marker>'
+    head_of_arrow = '<path d="M0,0 L7,3 L0,6 z" fill="#888"/>'
+    arrow = f'<marker id="a" markerWidth="8" markerHeight="8" refX="7" refY="3" orient="auto">{head_of_arrow}</marker>'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" font-family="sans-serif">'
     frame = f'<rect width="100%" height="100%" fill="white"/><text x="16" y="26" font-size="15">{title}</text>'
     return "\n".join([head, f"<defs>{arrow}</defs>", frame, *body, "</svg>", ""])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from trainer.config import Config, load_config
-from trainer.runtime.startup import load_tensorflow
+from trainer.startup import load_tensorflow
 
 load_tensorflow()
 

@@ -6,14 +6,19 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import run_trainer
-from trainer.__main__ import define_flags, parse, resolve
+from trainer.arguments import define_flags, parse
+from trainer.commands import resolve
 from trainer.config import Config
 from trainer.errors import UserError
 
 
 def test_list_of_flags_is_frozen() -> None:
     names = {name for name in define_flags() if len(name) > 1}
-    assert names == {"config", "set", "strategy", "data_dir", "model_dir", "dry_run", "help", "version"}
+    assert names == {
+        "config", "set", "strategy", "data_dir", "model_dir", "dry_run", "help", "version",
+        "source", "layout", "labels", "split_percent", "shard_mb", "processes", "skip_bad", "base_url",
+        "thumbnails", "split", "inference", "checkpoint", "input", "output", "seed", "formats",
+    }  # fmt: skip
 
 
 def test_train_is_the_command_when_none_is_named() -> None:
@@ -58,7 +63,10 @@ def test_help_teaches_in_under_two_seconds() -> None:
     [
         (("--set", "train.setps=3"), "trainer: --set train.setps=3: unknown key train.setps; did you mean train.steps?\n"),
         (("--config=nope.yaml",), "trainer: nope.yaml: no such config file\n"),
-        (("trian",), "trainer: unknown command 'trian'; allowed: train (`trainer --help`)\n"),
+        (
+            ("trian",),
+            "trainer: unknown command 'trian'; allowed: train, prepare, check, evaluate, predict, export (`trainer --help`)\n",
+        ),
         (
             ("--confg=x",),
             "trainer: Unknown command line flag 'confg'. Did you mean: config ? (`trainer --help` lists the flags)\n",

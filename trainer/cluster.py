@@ -15,9 +15,10 @@ def check_environment(environment: Mapping[str, str]) -> None:
         UserError: TensorFlow is not installed, or Keras 2 is asked for.
     """
     if environment.get(LEGACY_KERAS, "0").lower() not in ("", "0", "false"):
-        raise UserError(
-            f"{LEGACY_KERAS}={environment[LEGACY_KERAS]}: this trainer is written for Keras 3; unset the variable"
-        )
+        raise UserError(f"{LEGACY_KERAS}={environment[LEGACY_KERAS]}: this trainer is written for Keras 3; unset the variable")
+    backend = environment.get("KERAS_BACKEND", "tensorflow")
+    if backend != "tensorflow":
+        raise UserError(f"KERAS_BACKEND={backend}: this trainer is written for TensorFlow; unset the variable")
     if importlib.util.find_spec("tensorflow") is None:
         raise UserError(
             "TensorFlow is not installed: pip install 'pix2pix-trainer[cpu]' for a machine without accelerator, "

@@ -227,7 +227,7 @@ def _reason(error: OSError | UnicodeDecodeError) -> str:
 def _similar_files(path: str) -> str:
     folder = Path(path).parent
     names = [p.name for p in folder.glob("*.y*ml")] if folder.is_dir() else []
-    near = difflib.get_close_matches(Path(path).name, names, n=1)
+    near = difflib.get_close_matches(Path(path).name, names, n=1, cutoff=0.75)
     return f"; did you mean {folder / near[0]}?" if near else ""
 
 
@@ -273,13 +273,14 @@ _ALLOWED = {
     "literal_error": "{expected}",
     "too_short": "{min_length} values",
     "too_long": "{max_length} values",
-    "missing": "a list of two numbers such as [256, 256]",
 }
 
 
 def _allowed(error: Mapping[str, Any]) -> str:
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
+    if error["type"] == "missing":
+        return "a list of two numbers such as [256, 256]"
     return str(_ALLOWED.get(error["type"], error["msg"])).format(**error.get("ctx", {}))
 
 
@@ -342,11 +343,17 @@ def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> Confi
 
 def validation_lines(error: pydantic.ValidationError, where: str) -> list[str]:
     """One line for each wrong or missing entry of a JSON or YAML document named by `where`."""
-    return [
-        f"{where}: {_key(item['loc']) or 'the document'}: "
-        + ("unknown key" if item["type"] == "extra_forbidden" else f"got {_shown(item['input'])}, allowed: {_allowed(item)}")
-        for item in error.errors()
-    ]
+    return [f"{where}: {_validation_line(item)}" for item in error.errors()]
+
+
+def _validation_line(item: Mapping[str, Any]) -> str:
+    key = _key(item["loc"])
+    plain = {
+        "extra_forbidden": f"{key}: unknown key",
+        "missing": f"{key}: missing",
+        "json_invalid": f"not JSON: {item['msg']}",
+    }
+    return plain.get(item["type"]) or f"{key}: got {_shown(item['input'])}, allowed: {_allowed(item)}"
 
 
 def config_from_tree(tree: object, where: str) -> Config:

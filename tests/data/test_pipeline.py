@@ -93,7 +93,7 @@ def test_flipped_byte_names_shard_and_record(own_copy: Path) -> None:
     content[offset + 500] ^= 1
     path.write_bytes(content)
     data = PairData(own_copy, small_config())
-    error = data.find_damage(data.train, range(40))
+    error = data.train.find_damage(range(40))
     assert str(error).startswith(f"{path}, record {index}: the record's checksum does not match")
     with pytest.raises(tf.errors.OpError):
         list(data.training_batches(0, 40))
@@ -110,14 +110,14 @@ def test_undecodable_image_names_shard_and_record(own_copy: Path) -> None:
     splits = manifest.splits | {"train": [new, manifest.splits["train"][1]]}
     records.write_manifest(own_copy, manifest.model_copy(update={"splits": splits}))
     data = PairData(own_copy, small_config())
-    line = str(data.find_damage(data.train, range(40)))
+    line = str(data.train.find_damage(range(40)))
     assert line.startswith(f"{own_copy / shard.file}, record 4: ")
     assert "{{" not in line
     assert "\n" not in line
 
 
 def test_sound_records_are_not_accused(small_data: PairData) -> None:
-    assert small_data.find_damage(small_data.train, range(40)) is None
+    assert small_data.train.find_damage(range(40)) is None
 
 
 def test_sample_is_the_same_bytes_each_time(sample_folder: Path, tmp_path: Path) -> None:

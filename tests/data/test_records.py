@@ -101,11 +101,12 @@ def test_wrong_manifest_names_each_entry(sample_folder: Path, tmp_path: Path) ->
     lines = [line.removeprefix(f"{tmp_path}/dataset.json: ") for line in str(caught.value).splitlines()]
     assert "layout: got 'diagonal', allowed: 'pair' or 'separate'" in lines
     assert "license: unknown key" in lines
+    assert "licence: missing" in lines
 
 
 def test_manifest_that_is_no_json_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "dataset.json").write_text("{")
-    with pytest.raises(DataError, match=r"^.*dataset\.json: the document: .*Invalid JSON.*$"):
+    with pytest.raises(DataError, match=r"^.*dataset\.json: not JSON: .*$"):
         records.read_manifest(tmp_path)
 
 

@@ -28,9 +28,7 @@ def test_cross_entropy_is_finite_for_certain_verdicts() -> None:
 
 def test_discriminator_wants_real_one_generated_zero_and_is_halved() -> None:
     expected = 0.5 * (entropy(REAL, 1) + entropy(GENERATED, 0))
-    np.testing.assert_allclose(
-        losses.discriminator_loss(tf.constant(REAL), tf.constant(GENERATED), 0.5), expected, rtol=1e-9
-    )
+    np.testing.assert_allclose(losses.discriminator_loss(tf.constant(REAL), tf.constant(GENERATED), 0.5), expected, rtol=1e-9)
 
 
 def test_generator_wants_generated_one() -> None:

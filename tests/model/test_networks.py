@@ -102,9 +102,7 @@ def test_constants_are_the_papers_in_the_built_models(paper_unet: keras.Model, p
     assert (len(leaky), len(norms)) == (7 + 4, 13 + 3)
 
 
-def test_first_and_innermost_levels_and_the_logits_have_no_norm(
-    paper_unet: keras.Model, paper_patchgan: keras.Model
-) -> None:
+def test_first_and_innermost_levels_and_the_logits_have_no_norm(paper_unet: keras.Model, paper_patchgan: keras.Model) -> None:
     names = {layer.name for network in (paper_unet, paper_patchgan) for layer in network.layers}
     for level in ("generator_down1", "generator_down8", "generator_output", "discriminator_conv1", "discriminator_logits"):
         assert level in names
@@ -143,8 +141,7 @@ def test_bottleneck_passes_information_at_batch_size_1() -> None:
     network = unet(small_config("model.dropout=0.0").model, (64, 64), 3, 3, 0)
     inner = keras.Model(network.inputs, network.get_layer("generator_down6").output)
     outs = [
-        inner([tf.random.stateless_normal((1, 64, 64, 3), (seed, 0)), inference_keys(0, 1)], training=True)
-        for seed in (1, 2)
+        inner([tf.random.stateless_normal((1, 64, 64, 3), (seed, 0)), inference_keys(0, 1)], training=True) for seed in (1, 2)
     ]
     assert outs[0].shape == (1, 1, 1, 32)
     assert float(tf.reduce_max(tf.abs(outs[0] - outs[1]))) > 1e-3

@@ -120,11 +120,19 @@ def test_saving_a_step_again_replaces_it(saved: tuple[Checkpoints, tf.Variable, 
 def test_failed_save_leaves_the_older_ones(saved: tuple[Checkpoints, tf.Variable, tf.train.Checkpoint]) -> None:
     """A folder stands where the new file must go."""
     checkpoints, _, state = saved
-    (checkpoints.folder / "step-00000040-1.index").mkdir()
-    (checkpoints.folder / "step-00000040-1.index" / "x").write_text("")
+    (checkpoints.folder / "step-00000040-1.index" / "x").mkdir(parents=True)
     checkpoints._unused_prefix = lambda step: "step-00000040-1"  # type: ignore[method-assign]
     with pytest.raises(TrainerError, match="the checkpoint of step 40 could not be saved"):
         checkpoints.save(state, 40)
     marker = checkpoints.newest_whole()
     assert marker is not None
     assert marker.step == 30
+
+
+def test_what_a_killed_save_left_is_removed(saved: tuple[Checkpoints, tf.Variable, tf.train.Checkpoint]) -> None:
+    checkpoints = saved[0]
+    (checkpoints.folder / "step-00000040-1_temp").mkdir()
+    (checkpoints.folder / "step-00000040-1_temp" / "part-0").write_bytes(b"half")
+    (checkpoints.folder / "step-00000040-1.index").write_bytes(b"half")
+    checkpoints.clean()
+    assert list(checkpoints.folder.glob("step-00000040*")) == []

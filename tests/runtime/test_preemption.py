@@ -10,7 +10,7 @@ import pytest
 
 PROGRAM = """
 import logging, time, sys
-from trainer.runtime.startup import load_tensorflow
+from trainer.startup import load_tensorflow
 load_tensorflow()
 import tensorflow as tf
 from trainer.runtime.preemption import StopSignal
@@ -58,13 +58,23 @@ def test_signal_ends_a_block_of_steps_within_a_second(number: signal.Signals, tm
     assert time.monotonic() - began < 2  # with the interpreter's own end
 
 
-def test_second_signal_leaves_at_once(tmp_path: Path) -> None:
+def test_a_wish_that_is_repeated_at_once_is_one_wish(tmp_path: Path) -> None:
+    """As `timeout` does, which signals the process and then its group."""
+    process = start(tmp_path)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+        process.send_signal(number)
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert "left the block after" in out
+
+
+def test_later_ctrl_c_leaves_at_once(tmp_path: Path) -> None:
     process = start(tmp_path, "wait")
     process.send_signal(signal.SIGTERM)
-    time.sleep(0.5)
+    time.sleep(1.2)
     began = time.monotonic()
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=30)
     assert time.monotonic() - began < 1
     assert process.returncode == 143
-    assert "SIGTERM again: leaving at once, without saving" in out
+    assert "SIGINT again: leaving at once, without saving" in out

@@ -6,23 +6,25 @@ import pytest
 
 from tests.conftest import small_config
 from trainer.errors import ExitCode, UserError
+from trainer.runtime import run_folder
 from trainer.runtime.run_folder import RecordedFailure, RunFolder, fingerprint
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> RunFolder:
-    return RunFolder(tmp_path / "run")
+    return RunFolder(tmp_path / "run").claim()
 
 
-def test_second_process_is_kept_out_and_told_by_whom(folder: RunFolder) -> None:
+def test_second_process_is_kept_out_and_told_by_whom(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_folder, "LOCK_SECONDS", 0.3)
     with pytest.raises(UserError, match=rf"process {os.getpid()} is training in it"):
-        RunFolder(folder.path)
+        RunFolder(folder.path).claim()
 
 
 def test_a_file_in_the_way_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("")
     with pytest.raises(UserError, match="choose another --model_dir"):
-        RunFolder(tmp_path / "run")
+        RunFolder(tmp_path / "run").claim()
 
 
 def test_config_is_kept_with_what_ran(folder: RunFolder) -> None:
@@ -67,3 +69,14 @@ def test_failure_is_told_again_until_config_or_data_change(folder: RunFolder, tm
     (data / "shard").write_bytes(b"good")
     folder.check_failure(fingerprint(config, data))
     folder.check_failure(fingerprint(small_config("seed=3"), data))
+
+
+def test_what_a_killed_writer_left_is_swept_away(folder: RunFolder, tmp_path: Path) -> None:
+    for place in ("", "samples", "summaries/train"):
+        (folder.path / place).mkdir(parents=True, exist_ok=True)
+        (folder.path / place / ".writing-123").write_text("torn")
+    (folder.path / ".making-xyz").mkdir()
+    folder._lock.close()
+    RunFolder(folder.path).claim()
+    left = [path for path in folder.path.rglob(".*") if path.name != ".lock"]
+    assert left == []

@@ -36,17 +36,17 @@ def test_scores_are_scikit_images(small_data: PairData) -> None:
             "sigma": 1.5,
             "use_sample_covariance": False,
         }
-        assert float(scores.l1[place]) == pytest.approx(np.abs(a - b).mean(), rel=1e-5)
-        assert float(scores.psnr[place]) == pytest.approx(peak_signal_noise_ratio(a, b, data_range=255), rel=1e-5)
-        assert float(scores.ssim[place]) == pytest.approx(structural_similarity(a, b, **settings), abs=1e-4)
+        assert float(scores["l1"][place]) == pytest.approx(np.abs(a - b).mean(), rel=1e-5)
+        assert float(scores["psnr"][place]) == pytest.approx(peak_signal_noise_ratio(a, b, data_range=255), rel=1e-5)
+        assert float(scores["ssim"][place]) == pytest.approx(structural_similarity(a, b, **settings), abs=1e-4)
 
 
 def test_equal_images_score_0_100_1(small_data: PairData) -> None:
     target, _ = real_pairs(small_data)
     scores = score(tf.constant(target), tf.constant(target))
-    assert set(scores.l1.numpy()) == {0.0}
-    assert set(scores.psnr.numpy()) == {100.0}
-    np.testing.assert_allclose(scores.ssim, 1.0, atol=1e-6)
+    assert set(scores["l1"].numpy()) == {0.0}
+    assert set(scores["psnr"].numpy()) == {100.0}
+    np.testing.assert_allclose(scores["ssim"], 1.0, atol=1e-6)
 
 
 def test_a_split_is_the_mean_over_its_images_each_weighing_the_same(
@@ -81,5 +81,5 @@ def test_samples_are_the_same_validation_pairs_every_time(evaluator: Evaluator, 
     assert [name for name, _ in first] == ["input", "target", "output"]
     for (_, a), (_, b) in zip(first, second, strict=True):
         np.testing.assert_array_equal(a, b)
-    batch = next(iter(small_data.evaluation_batches(small_data.split("val"), 4)))
+    batch = next(iter(small_data.pairs_of(small_data.split("val"), range(4))))
     np.testing.assert_array_equal(first[1][1], ((batch["target"].numpy() + 1) * 127.5).round().astype(np.uint8))

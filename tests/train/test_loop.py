@@ -1,10 +1,13 @@
 """Whole runs as real processes: killed, stopped, resumed, diverged, finished."""
 
 import json
+import os
 import random
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -108,6 +111,10 @@ def test_stopped_by_a_signal_it_saves_and_ends_with_the_same_bits(
     wait_for_step(process, folder, 105)
     began = time.monotonic()
     process.send_signal(number)
+    assert process.stderr is not None
+    while f"{number.name}: stopping after this step" not in (line := process.stderr.readline()):
+        assert line, "the signal was not seen"
+    assert time.monotonic() - began < 1
     _, err = process.communicate(timeout=30)
     assert process.returncode == 143
     assert time.monotonic() - began < 5
@@ -131,7 +138,7 @@ def test_blocks_of_any_length_give_the_same_bits(undisturbed: Path, tmp_path: Pa
 
 def test_a_run_leaves_what_the_readme_says(undisturbed: Path) -> None:
     assert {path.name for path in undisturbed.iterdir()} == {
-        ".lock", "config.yaml", "checkpoints", "summaries", "samples", "metrics.jsonl", "data"
+        ".lock", "config.yaml", "checkpoints", "summaries", "samples", "metrics.jsonl", "data", "data.json"
     }  # fmt: skip
     lines = [json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [*range(50, STEPS + 1, 50), STEPS]
@@ -237,3 +244,74 @@ def test_damaged_record_in_val_names_shard_and_record(sample_folder: Path, tmp_p
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith(f"trainer: {data / shard.file}, record 5: the record's checksum")
     assert "Traceback" not in done.stderr
+
+
+EVERY_STEP = (
+    "train.steps=120",
+    "train.summary_every=1",
+    "train.evaluate_every=30",
+    "train.checkpoint_every=0",
+    "train.keep=1",
+)
+
+
+def test_stopped_where_something_is_due_it_is_done_once_after_the_resume(tmp_path: Path) -> None:
+    """Scalars are due after every step, so every stop leaves a step to be finished; no checkpoint is asked for."""
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    assert run_trainer(*arguments(whole, *EVERY_STEP)).returncode == 0
+    process = start_trainer(*arguments(folder, *EVERY_STEP))
+    wait_for_step(process, folder, 30)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    marker = newest(folder)
+    assert process.returncode == 143
+    assert marker is not None
+    assert marker.pending
+    done = run_trainer(*arguments(folder, *EVERY_STEP))
+    assert done.returncode == 0, done.stderr
+    assert_same_run(folder, whole)
+    marker = newest(folder)
+    assert marker is not None
+    assert (marker.step, marker.pending) == (120, False), "the last step is saved though no checkpoint was asked for"
+
+
+DIES_AT_A_WRITE = """
+import os, sys
+from trainer.runtime import files
+whole, count = files.sync_file, 0
+def counting(path):
+    global count
+    count += 1
+    if count == int(os.environ["DIE_AT"]):
+        os._exit(9)
+    whole(path)
+files.sync_file = counting
+from trainer.__main__ import main
+main()
+"""
+
+
+@pytest.mark.slow
+def test_dead_at_any_write_it_ends_with_the_same_bits(tmp_path: Path) -> None:
+    """The process ends at its n-th write of a file, for each n of a short run, and is started again until it is done."""
+    settings = (
+        "train.steps=24",
+        "train.summary_every=4",
+        "train.evaluate_every=6",
+        "train.checkpoint_every=5",
+        "train.keep=1",
+    )
+    whole, program = tmp_path / "whole", tmp_path / "program.py"
+    program.write_text(DIES_AT_A_WRITE)
+    assert run_trainer(*arguments(whole, *settings)).returncode == 0
+    for die_at in range(3, 40, 3):
+        folder = tmp_path / f"run-{die_at}"
+        command = [sys.executable, str(program), *arguments(folder, *settings)]
+        died = subprocess.run(command, env=dict(os.environ) | {"DIE_AT": str(die_at)}, capture_output=True, check=False)
+        assert died.returncode in (9, 0)
+        done = run_trainer(*arguments(folder, *settings))
+        assert done.returncode == 0, done.stderr
+        assert_same_run(folder, whole)
+        assert list(folder.rglob(".writing-*")) == list(folder.rglob("*_temp")) == []
+        if died.returncode == 0:
+            break

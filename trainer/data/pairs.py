@@ -34,21 +34,25 @@ def from_unit_range(image: tf.Tensor, bit_depth: int = 8) -> tf.Tensor:
 
 
 def decode_image(encoded: tf.Tensor, image_format: tf.Tensor, spec: ImageSpec) -> tf.Tensor:
-    """Decode JPEG or PNG bytes to float32 levels 0..maximum, shape (height, width, channels).
+    """Decode JPEG, PNG, BMP or WebP bytes to float32 levels 0..maximum, shape (height, width, channels).
 
     JPEG uses the accurate inverse transform by name: TensorFlow's default is the fast one, off by up to 8 levels.
     """
-    dtype = tf.uint16 if spec.bit_depth == 16 else tf.uint8
     channels = spec.channels
 
     def jpeg() -> tf.Tensor:
         image = tf.io.decode_jpeg(encoded, channels=min(channels, 3), dct_method="INTEGER_ACCURATE")
         return tf.cast(image, tf.float32)
 
-    def png() -> tf.Tensor:
-        return tf.cast(tf.io.decode_png(encoded, channels=channels, dtype=dtype), tf.float32)
+    def other() -> tf.Tensor:
+        return tf.cast(tf.io.decode_image(encoded, channels=channels, expand_animations=False), tf.float32)
 
-    image = png() if spec.bit_depth == 16 or channels == 4 else tf.cond(image_format == "jpeg", jpeg, png)
+    if spec.bit_depth == 16:
+        image = tf.cast(tf.io.decode_png(encoded, channels=channels, dtype=tf.uint16), tf.float32)
+    elif channels == 4:
+        image = other()
+    else:
+        image = tf.cond(image_format == "jpeg", jpeg, other)
     image.set_shape([None, None, channels])
     return image
 
@@ -94,9 +98,7 @@ def _crop_and_mirror(image: tf.Tensor, size: tuple[int, int], how: tf.Tensor) ->
     return tf.cond(how[2] > 0, lambda: tf.reverse(crop, [1]), lambda: crop)
 
 
-def prepare(
-    record: tf.Tensor, manifest: Manifest, size: tuple[int, int], direction: str, jitter: int, how: tf.Tensor
-) -> Pair:
+def prepare(record: tf.Tensor, manifest: Manifest, size: tuple[int, int], direction: str, jitter: int, how: tf.Tensor) -> Pair:
     """Decode a record and give the networks' pair in [-1, 1] at a static size.
 
     Args:

@@ -1,8 +1,7 @@
 """Pairs -> global batches: a function of (seed, step) alone, read from the shards at the manifest's byte offsets."""
 
 import os
-import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,8 @@ from numpy.typing import NDArray
 
 from trainer.config import Config
 from trainer.data import order, pairs, records
-from trainer.data.records import ImageSpec, Manifest
+from trainer.data.records import ImageSpec
+from trainer.data.split import Split
 from trainer.errors import DataError
 
 READS_AT_ONCE = 4
@@ -26,69 +26,6 @@ class Specs:
 
     input: ImageSpec
     target: ImageSpec
-
-
-class Split:
-    """One split of a prepared data set: random access to its records by number, counted over all shards."""
-
-    def __init__(self, folder: Path, manifest: Manifest, name: str, *, cache: bool = False) -> None:
-        self.name = name
-        self.manifest = manifest
-        self._folder = folder
-        self._shards = manifest.splits.get(name, [])
-        self._starts = np.cumsum([0] + [shard.examples for shard in self._shards])
-        self.damage: DataError | None = None
-        self._cache: dict[int, bytes] | None = {} if cache else None
-
-    @property
-    def examples(self) -> int:
-        """Number of pairs."""
-        return int(self._starts[-1])
-
-    def _locate(self, number: int) -> tuple[records.Shard, int]:
-        shard = int(np.searchsorted(self._starts, number, side="right")) - 1
-        return self._shards[shard], number - int(self._starts[shard])
-
-    def describe(self, number: int) -> str:
-        """`FOLDER/train-00000-of-00002.tfrecord, record 17`, both counted from 0."""
-        shard, index = self._locate(number)
-        return f"{self._folder / shard.file}, record {index}"
-
-    def read(self, number: int) -> bytes:
-        """The bytes of one record.
-
-        Raises:
-            DataError: the shard cannot be read or the record is damaged; names both.
-        """
-        if self._cache is not None and number in self._cache:
-            return self._cache[number]
-        try:
-            record = self._read_from_shard(*self._locate(number))
-        except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) else error
-            raise DataError(f"{self.describe(number)}: {reason}; copy the shard again or prepare the data again") from error
-        if self._cache is not None:
-            self._cache[number] = record
-        return record
-
-    def read_or_note(self, number: int) -> bytes:
-        """The bytes of one record; of a damaged one b"", which no decoder takes, and the reason is kept in `damage`.
-
-        TensorFlow would print an exception that passes through it, with its traceback, beside the one line we give.
-        """
-        try:
-            return self.read(number)
-        except DataError as error:
-            self.damage = error
-            return b""
-
-    def _read_from_shard(self, shard: records.Shard, index: int) -> bytes:
-        ends = shard.offsets[index + 1 : index + 2] or [shard.bytes]
-        descriptor = os.open(self._folder / shard.file, os.O_RDONLY)
-        try:
-            return records.read_framed(descriptor, shard.offsets[index], ends[0])
-        finally:
-            os.close(descriptor)
 
 
 class PairData:
@@ -105,11 +42,20 @@ class PairData:
         self._config = config
         for shards in self.manifest.splits.values():
             records.check_shard_sizes(folder, shards)
+        self._splits: dict[str, Split] = {}
         self.train = self.split("train")
         self._check_counts()
 
+    @classmethod
+    def without_config(cls, folder: Path) -> "PairData":
+        """The data set as it is, at 128 pixels square: for looking at it."""
+        settings = {"dir": str(folder), "image_size": (128, 128)}
+        return cls(folder, Config.model_validate({"data": settings}))
+
     def _check_counts(self) -> None:
         batch = self._config.train.batch_size
+        if self.train.examples == 0:
+            raise DataError(f"{self.folder}: no pairs in the split 'train'; it has {', '.join(self.manifest.splits) or 'none'}")
         if batch > self.train.examples:
             raise DataError(
                 f"{self.folder}: train.batch_size: got {batch}, allowed: up to the {self.train.examples} training pairs"
@@ -117,7 +63,9 @@ class PairData:
 
     def split(self, name: str) -> Split:
         """A split by name; one that the data set does not have is empty."""
-        return Split(self.folder, self.manifest, name, cache=self._config.data.cache == "memory")
+        if name not in self._splits:
+            self._splits[name] = Split(self.folder, self.manifest, name, cache=self._config.data.cache == "memory")
+        return self._splits[name]
 
     @property
     def specs(self) -> Specs:
@@ -164,15 +112,16 @@ class PairData:
         examples = elements.map(self._prepare(self._config.data.jitter), num_parallel_calls=_decoders())
         return examples.batch(size, drop_remainder=True).prefetch(BATCHES_AHEAD).with_options(_in_order())
 
-    def evaluation_batches(self, split: Split, batch_size: int, examples: int | None = None) -> tf.data.Dataset:
-        """The pairs of a split in their stored order, not augmented; the last batch may be smaller.
+    def evaluation_batches(self, split: Split, batch_size: int) -> tf.data.Dataset:
+        """The pairs of a split in their stored order, not augmented; the last batch may be smaller."""
+        return self._in_stored_order(split, tf.data.Dataset.range(split.examples), batch_size)
 
-        Args:
-            split: which pairs.
-            batch_size: pairs in a batch.
-            examples: only the first so many; None: all.
-        """
+    def pairs_of(self, split: Split, numbers: Sequence[int]) -> tf.data.Dataset:
+        """One batch of some pairs of a split, not augmented."""
+        listed = tf.data.Dataset.from_tensor_slices(tf.constant(list(numbers), tf.int64))
+        return self._in_stored_order(split, listed, len(numbers))
 
+    def _in_stored_order(self, split: Split, numbers: tf.data.Dataset, batch_size: int) -> tf.data.Dataset:
         def read_one(number: NDArray[np.int64]) -> bytes:
             return split.read_or_note(int(number))
 
@@ -180,7 +129,6 @@ class PairData:
             encoded = tf.ensure_shape(tf.numpy_function(read_one, [number], tf.string), [])
             return encoded, tf.zeros([3], tf.int32), tf.cast(number, tf.uint32)
 
-        numbers = tf.data.Dataset.range(split.examples if examples is None else min(examples, split.examples))
         elements = numbers.map(read, num_parallel_calls=READS_AT_ONCE)
         prepared = elements.map(self._prepare(0), num_parallel_calls=_decoders())
         return prepared.batch(batch_size).prefetch(BATCHES_AHEAD).with_options(_in_order())
@@ -205,24 +153,10 @@ class PairData:
         try:
             yield
         except tf.errors.OpError as error:
-            damage = split.damage or self.find_damage(split, numbers())
+            damage = split.damage or split.find_damage(numbers())
             if damage is None:
                 raise
             raise damage from error
-
-    def find_damage(self, split: Split, numbers: Iterable[int]) -> DataError | None:
-        """Read and decode the records one by one, and name the first that fails; None if all are sound.
-
-        A failure inside the input pipeline does not say which record it met; the order is known, so a second look does.
-        """
-        for number in numbers:
-            try:
-                self._prepare(0)(tf.constant(split.read(number)), tf.zeros([3], tf.int32), tf.constant(0, tf.uint32))
-            except DataError as error:
-                return error
-            except tf.errors.OpError as error:
-                return DataError(f"{split.describe(number)}: {_plain(error)}; prepare the data again without this pair")
-        return None
 
 
 def _decoders() -> int:
@@ -233,9 +167,3 @@ def _in_order() -> tf.data.Options:
     options = tf.data.Options()
     options.deterministic = True
     return options
-
-
-def _plain(error: tf.errors.OpError) -> str:
-    """TensorFlow's message without the names of its internal nodes."""
-    text = re.sub(r"\{\{.*?\}\}|\[Op:.*?\]|name:\s*$", "", error.message)
-    return " ".join(text.split()) or type(error).__name__

@@ -5,12 +5,13 @@ the bytes, all little endian. The manifest keeps each record's offset, so that a
 """
 
 import hashlib
+import itertools
 import json
 import os
 import struct
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
 import google_crc32c
 import pydantic
@@ -22,6 +23,7 @@ from trainer.errors import DataError
 MANIFEST_NAME = "dataset.json"
 _HEADER = struct.Struct("<QI")
 _FOOTER = struct.Struct("<I")
+SMALLEST_RECORD = _HEADER.size + _FOOTER.size
 _CRC_MASK_DELTA = 0xA282EAD8
 
 
@@ -45,6 +47,15 @@ class Shard(_Document):
     crc32c: str
     offsets: list[int]
 
+    @pydantic.model_validator(mode="after")
+    def _consistent(self) -> "Shard":
+        ends = [*self.offsets, self.bytes]
+        if any(end - start < SMALLEST_RECORD for start, end in itertools.pairwise(ends)) or ends[0] != 0:
+            raise ValueError(f"offsets that begin at 0 and rise by {SMALLEST_RECORD} or more up to the {self.bytes} bytes")
+        if Path(self.file).name != self.file or self.file in ("", ".", ".."):
+            raise ValueError("a file name without folders")
+        return self
+
     @property
     def examples(self) -> int:
         """Number of records."""
@@ -62,10 +73,17 @@ class Manifest(_Document):
     input: ImageSpec
     target: ImageSpec
     splits: dict[str, list[Shard]]
+    skipped: list[str] = []
+    made_from: str = ""
 
     def examples(self, split: str) -> int:
         """Number of pairs in a split; 0 for a split that does not exist."""
         return sum(shard.examples for shard in self.splits.get(split, []))
+
+    def about(self) -> dict[str, Any]:
+        """The manifest without its shards: what is told of the data where they are not at hand."""
+        document = self.model_dump(exclude={"splits", "skipped", "made_from"})
+        return document | {"pairs": {split: self.examples(split) for split in self.splits}}
 
     def digest(self) -> str:
         """A short digest of all pairs: the same for a copy of the data set elsewhere."""
@@ -143,9 +161,7 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST_NAME
     if not folder.is_dir():
-        raise DataError(
-            f"{folder}: no such data folder; give a prepared one with --data_dir, or leave it out for the sample"
-        )
+        raise DataError(f"{folder}: no such data folder; give a prepared one with --data_dir, or leave it out for the sample")
     try:
         return Manifest.model_validate_json(path.read_bytes())
     except FileNotFoundError as error:
@@ -156,18 +172,22 @@ def read_manifest(folder: Path) -> Manifest:
         raise DataError("\n".join(validation_lines(error, str(path)))) from error
 
 
+def size_problem(folder: Path, shard: Shard) -> str | None:
+    """A line if a shard is missing or not of the size that the manifest states."""
+    path = folder / shard.file
+    if not path.is_file():
+        return f"{path}: this shard is missing; copy it again or prepare the data again"
+    if (size := path.stat().st_size) != shard.bytes:
+        return f"{path}: has {size} bytes, the manifest says {shard.bytes}; copy it again"
+    return None
+
+
 def check_shard_sizes(folder: Path, shards: Sequence[Shard]) -> None:
     """Compare the shards' sizes with the manifest, so that a missing or cut file is known before training starts.
 
     Raises:
         DataError: one line for each shard that is missing or of another size.
     """
-    problems = []
-    for shard in shards:
-        path = folder / shard.file
-        if not path.is_file():
-            problems.append(f"{path}: this shard is missing; copy it again or prepare the data again")
-        elif (size := path.stat().st_size) != shard.bytes:
-            problems.append(f"{path}: has {size} bytes, the manifest says {shard.bytes}; copy it again")
+    problems = [problem for shard in shards if (problem := size_problem(folder, shard))]
     if problems:
         raise DataError("\n".join(problems))

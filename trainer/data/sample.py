@@ -58,7 +58,7 @@ def ensure_sample(folder: Path) -> Path:
     if (folder / records.MANIFEST_NAME).is_file():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as temporary:
         made = Path(temporary) / "made"
         made.mkdir()
         write_sample(made)

@@ -36,9 +36,7 @@ def receptive_field(convolutions: list[Convolution]) -> int:
     return side
 
 
-def patchgan(
-    settings: ModelConfig, size: tuple[int, int], input_channels: int, target_channels: int, seed: int
-) -> keras.Model:
+def patchgan(settings: ModelConfig, size: tuple[int, int], input_channels: int, target_channels: int, seed: int) -> keras.Model:
     """Build the PatchGAN.
 
     The model takes [input, target], both (batch, height, width, channels) in [-1, 1], and gives logits (batch, rows,

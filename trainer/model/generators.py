@@ -25,8 +25,18 @@ def level_filters(filters: int, depth: int) -> list[int]:
     return [filters * min(2**level, MAX_WIDENING) for level in range(depth)]
 
 
-def unet(settings: ModelConfig, size: tuple[int, int], input_channels: int, target_channels: int, seed: int) -> keras.Model:
-    """Build the U-Net.
+def unet(
+    settings: ModelConfig,
+    size: tuple[int, int],
+    input_channels: int,
+    target_channels: int,
+    seed: int,
+    *,
+    any_size: bool = False,
+) -> keras.Model:
+    """Build the U-Net as deep as `size` (height, width) allows.
+
+    With `any_size` the same network takes every image whose sides are multiples of 2 to the power of its depth.
 
     The model takes [image, keys]: image (batch, height, width, input_channels) in [-1, 1], keys uint32 (batch,) from
     `layers.example_keys` or `layers.inference_keys`; it gives (batch, height, width, target_channels) in [-1, 1].
@@ -36,7 +46,7 @@ def unet(settings: ModelConfig, size: tuple[int, int], input_channels: int, targ
     """
     blocks = Blocks("generator", settings.norm, seed, settings.inference)
     channels = level_filters(settings.generator.filters, depth_for(*size))
-    image = keras.Input((*size, input_channels), name="image")
+    image = keras.Input((*((None, None) if any_size else size), input_channels), name="image")
     keys = keras.Input((), dtype=KEY_DTYPE, name="keys")
     x, skips = _encoder(blocks, image, channels)
     x = _decoder(blocks, x, keys, skips, channels, settings.dropout)

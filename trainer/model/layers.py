@@ -173,7 +173,7 @@ class Blocks:
         """A convolution padded by 1 on each side (kernel 4), or not at all (kernel 1), as the paper's code pads."""
         settings = self._convolution_settings(name, normed) | {"kernel_size": kernel, "strides": stride}
         padding = "valid"
-        if stride == 2 and all(side % 2 == 0 for side in x.shape[1:3]):
+        if stride == 2 and all(side is None or side % 2 == 0 for side in x.shape[1:3]):
             padding = "same"  # here it means 1 on each side, and spares a pass over the image
         elif kernel > 1:
             x = keras.layers.ZeroPadding2D(1, name=self._named(f"{name}_pad"))(x)

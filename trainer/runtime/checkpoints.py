@@ -8,6 +8,7 @@ checkpoints/best.json                            which step had the lowest valid
 import json
 import logging
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,12 +143,29 @@ class Checkpoints:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"{self.folder / marker.prefix}: is not a checkpoint of these networks: {reason}") from error
 
+    def choose(self, which: str) -> Marker:
+        """The newest whole checkpoint, or the one with the best evaluation: `newest` or `best`.
+
+        Raises:
+            UserError: there is none, or it is damaged.
+        """
+        best = self.best_step()
+        if which == "best" and best is not None:
+            marker = next((marker for marker in self.markers() if marker.step == best), None)
+            problem = self.damage(marker) if marker else "it is not there"
+            if marker is None or problem:
+                raise UserError(f"{self.folder}: the best checkpoint, of step {best}, cannot be used: {problem}")
+            return marker
+        newest = self.newest_whole()
+        if newest is None:
+            raise UserError(f"{self.folder}: no checkpoint in it yet; train first")
+        return newest
+
     def forget_after(self, step: int) -> None:
-        """Remove the markers of later steps, which were found damaged, and what belongs to no marker."""
+        """Remove the markers of later steps, which were found damaged; `clean` then removes their files."""
         for marker in self.markers():
             if marker.step > step:
                 self._marker_path(marker.step).unlink()
-        self.clean()
 
     def clean(self) -> None:
         """Keep the newest and the best; remove older ones, and the files of saves that never finished."""
@@ -158,7 +176,9 @@ class Checkpoints:
                 self._marker_path(marker.step).unlink()
         named = {name for marker in markers if marker.step in kept for name in marker.files}
         for path in self.folder.glob("step-*-*"):
-            if path.is_file() and path.name not in named:
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name not in named:
                 path.unlink()
 
     def best_step(self) -> int | None:

@@ -1,9 +1,18 @@
 """Whole files or none: small helpers for everything that a run writes."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+TEMPORARY = ".writing-"  # and not the file's own name: TensorBoard reads whatever has `tfevents` in it
+
+
+def sweep(folder: Path) -> None:
+    """Remove what writers that were killed left below a folder; call it where no other process writes."""
+    for path in folder.rglob(f"{TEMPORARY}*"):
+        path.unlink()
 
 
 def sync_folder(folder: Path) -> None:
@@ -27,7 +36,7 @@ def sync_file(path: Path) -> None:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path`; on success it takes that name, synced; on failure it is removed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}")
     try:
         yield temporary
         sync_file(temporary)
@@ -41,3 +50,27 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all; its folder is made if it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """Give a temporary folder beside `path`; on success it takes that name, in place of what was there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}")
+    try:
+        temporary.mkdir()
+        yield temporary
+        if path.exists():
+            shutil.rmtree(path)
+        temporary.replace(path)
+        sync_folder(path.parent)
+    finally:
+        if temporary.exists():
+            shutil.rmtree(temporary)

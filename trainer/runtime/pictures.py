@@ -34,3 +34,20 @@ def save_grid(path: Path, title: str, columns: Sequence[tuple[str, NDArray[np.ui
     path.parent.mkdir(parents=True, exist_ok=True)
     with files.replacing(path) as temporary:
         sheet.save(temporary, format="PNG")
+
+
+def save_sheet(path: Path, title: str, pictures: Sequence[tuple[str, NDArray[np.uint8]]], columns: int = 4) -> None:
+    """Write a contact sheet of equally large (name, picture), pictures uint8 (h, w, 3), in rows."""
+    height, width = pictures[0][1].shape[:2]
+    rows = -(-len(pictures) // columns)
+    cell = (width + GAP, height + HEADER)
+    sheet = Image.new("RGB", (columns * cell[0] - GAP, HEADER + rows * cell[1]), _BACKGROUND)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    draw.text((4, 3), title, _INK, font)
+    for place, (name, picture) in enumerate(pictures):
+        left, top = place % columns * cell[0], HEADER + place // columns * cell[1]
+        sheet.paste(Image.fromarray(picture), (left, top))
+        draw.text((left + 2, top + height + 2), name[-(width // 7) :], _INK, font)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with files.replacing(path) as temporary:
+        sheet.save(temporary, format="PNG")

@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from types import FrameType, TracebackType
 
 import tensorflow as tf
@@ -16,6 +17,7 @@ import tensorflow as tf
 from trainer.errors import ExitCode
 
 log = logging.getLogger(__name__)
+REPEAT_SECONDS = 1.0  # the same wish, sent to the process and to its group
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -24,11 +26,13 @@ def _leave_it_to_the_thread(signum: int, frame: FrameType | None) -> None:
 
 
 class StopSignal:
-    """A context in which signals ask for a stop instead of ending the process; a second one ends it at once."""
+    """A context in which signals ask for a stop instead of ending the process; a later Ctrl-C ends it at once."""
 
     def __init__(self) -> None:
-        self.flag = tf.Variable(False, trainable=False)
+        with tf.device("/cpu:0"):
+            self.flag = tf.Variable(False, trainable=False)
         self.received: str | None = None
+        self._since = 0.0
 
     def __enter__(self) -> "StopSignal":
         self._reader, self._writer = socket.socketpair()
@@ -47,11 +51,17 @@ class StopSignal:
 
     def _note(self, name: str) -> None:
         if self.received:
-            log.error("%s again: leaving at once, without saving", name)
-            os._exit(ExitCode.STOPPED)
-        self.received = name
+            self._again(name)
+            return
+        self.received, self._since = name, time.monotonic()
         self.flag.assign(True)
-        log.info("%s: stopping after this step and saving (once more: leave at once)", name)
+        log.info("%s: stopping after this step and saving (Ctrl-C once more: leave at once)", name)
+
+    def _again(self, name: str) -> None:
+        """A person who presses Ctrl-C twice wants to leave; a supervisor that repeats itself does not."""
+        if name == "SIGINT" and time.monotonic() - self._since > REPEAT_SECONDS:
+            log.error("SIGINT again: leaving at once, without saving")
+            os._exit(ExitCode.STOPPED)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         signal.set_wakeup_fd(self._old_descriptor)

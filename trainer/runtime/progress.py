@@ -16,7 +16,10 @@ class _BesideTheBar(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         mark = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-        tqdm.write(mark + self.format(record), file=sys.stderr)
+        try:
+            tqdm.write(mark + self.format(record), file=sys.stderr)
+        except OSError:  # whoever read our lines is gone; the training goes on
+            self.handleError(record)
 
 
 def log_to_stderr() -> None:

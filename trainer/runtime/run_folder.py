@@ -4,6 +4,8 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
+import time
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -12,6 +14,8 @@ import yaml
 from trainer.config import Config, config_from_tree, differences, parse_yaml, to_tree
 from trainer.errors import ExitCode, TrainerError, UserError
 from trainer.runtime import files
+
+LOCK_SECONDS = 10.0
 
 
 class RecordedFailure(TrainerError):  # noqa: N818 - it is told again, not raised anew
@@ -26,11 +30,6 @@ class RunFolder:
     """The paths and small files of one run."""
 
     def __init__(self, path: Path) -> None:
-        """Make the folder and take its lock.
-
-        Raises:
-            UserError: it cannot be written, or another process is training in it.
-        """
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.summaries = path / "summaries"
@@ -39,20 +38,41 @@ class RunFolder:
         self.sample_data = path / "data"
         self._config_file = path / "config.yaml"
         self._failure_file = path / "failure.json"
+        self._data_file = path / "data.json"
+
+    def claim(self) -> "RunFolder":
+        """Make the folder and keep every other process from training in it while this one lives.
+
+        Raises:
+            UserError: it cannot be written, or another process is training in it.
+        """
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            self._lock = self._take_lock(path / ".lock")
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = self._take_lock(self.path / ".lock")
+            self._sweep()
         except OSError as error:
-            raise UserError(f"{path}: cannot write there ({error.strerror}); choose another --model_dir") from error
+            raise UserError(f"{self.path}: cannot write there ({error.strerror}); choose another --model_dir") from error
+        return self
+
+    def _sweep(self) -> None:
+        """Remove what a killed process left half-written."""
+        files.sweep(self.path)
+        for folder in self.path.glob(".making-*"):
+            shutil.rmtree(folder)
 
     def _take_lock(self, path: Path) -> TextIO:
-        lock = path.open("a+", encoding="utf-8")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            lock.seek(0)
-            owner = lock.read().strip() or "unknown"
-            raise UserError(f"{self.path}: process {owner} is training in it; choose another --model_dir") from error
+        """Wait a little for the lock: the process that holds it may be saving its last checkpoint."""
+        lock, deadline = path.open("a+", encoding="utf-8"), time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > deadline:
+                    lock.seek(0)
+                    owner = lock.read().strip() or "unknown"
+                    raise UserError(f"{self.path}: process {owner} is training in it; choose another --model_dir") from error
+                time.sleep(0.1)
         lock.truncate(0)
         lock.write(f"{os.getpid()}\n")
         lock.flush()
@@ -82,6 +102,22 @@ class RunFolder:
         header = "".join(f"# {name}: {value}\n" for name, value in notes.items())
         files.write_text(self._config_file, header + yaml.safe_dump(to_tree(config), sort_keys=False))
 
+    def write_data(self, about: dict[str, Any]) -> None:
+        """Note what the run is trained on, for those who use the generator where the data are not."""
+        files.write_text(self._data_file, json.dumps(about, indent=1) + "\n")
+
+    def read_data(self) -> dict[str, Any]:
+        """What `write_data` noted.
+
+        Raises:
+            UserError: this is no run's folder.
+        """
+        try:
+            about: dict[str, Any] = json.loads(self._data_file.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise UserError(f"--model_dir={self.path}: no run was trained in it") from error
+        return about
+
     def notes(self) -> dict[str, str]:
         """The comments of config.yaml, as `write_config` wrote them."""
         if not self._config_file.is_file():
@@ -94,7 +130,10 @@ class RunFolder:
         if not self.metrics_file.is_file():
             return []
         lines = self.metrics_file.read_text(encoding="utf-8").splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        try:
+            return [json.loads(line) for line in lines if line.endswith("\n")]
+        except json.JSONDecodeError as error:
+            raise UserError(f"{self.metrics_file}: has a line that is not JSON; mend or remove it") from error
 
     def add_metrics(self, entry: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl, synced to disk."""
@@ -109,7 +148,8 @@ class RunFolder:
         if self.metrics_file.is_file():
             files.write_text(self.metrics_file, "".join(json.dumps(entry) + "\n" for entry in kept))
         for path in self.samples.glob("step-*.png"):
-            if int(path.stem.removeprefix("step-")) > step:
+            number = path.stem.removeprefix("step-")
+            if number.isdigit() and int(number) > step:
                 path.unlink()
 
     def sample_path(self, step: int) -> Path:

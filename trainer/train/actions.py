@@ -62,7 +62,9 @@ class Run:
         self.summaries = Summaries(folder.summaries)
         self.evaluator = Evaluator(state.generator, data, config)
         self.saved_step: int | None = None
+        self.saved_pending = False
         self._best_step: int | None = None
+        self._best_l1: float | None = None
 
     def actions(self) -> list[Action]:
         """What happens at intervals, in order: the evaluation first, because it alone can be interrupted; the checkpoint
@@ -76,15 +78,18 @@ class Run:
         ]
 
     def act(self, step: int) -> None:
-        """Do what is due after a step; a step with the best evaluation so far is saved too.
+        """Do what is due after a step; the best step so far and the last one are saved in any case.
 
         Raises:
             InterruptedEvaluation: a stop was asked for; nothing has been done for this step.
         """
         for action in due(self.actions(), step):
             action.call(step)
-        if step == self._best_step and self.saved_step != step:
+        wanted = step in (self._best_step, self.config.train.steps) or self.saved_step == step
+        if wanted and (self.saved_step != step or self.saved_pending):
             self.checkpoint(step)
+        if step == self._best_step:
+            self.mark_best()
 
     def steps_per_block(self) -> int:
         """Steps that the device does before the host looks again."""
@@ -98,7 +103,7 @@ class Run:
             return
         scores = self.measure("val", step)
         self.summaries.scalars("val", {name: scores[name] for name in ("l1", "psnr", "ssim")}, step)
-        self.refresh_best()
+        self.find_best()
 
     def measure(self, split: str, step: int) -> dict[str, float | int]:
         """Measure on a split and add the line to metrics.jsonl."""
@@ -107,12 +112,16 @@ class Run:
         log.info("step %d: %s L1 %.2f of 255, PSNR %.2f dB, SSIM %.4f", step, split, *list(scores.values())[1:])
         return scores
 
-    def refresh_best(self) -> None:
-        """Work out from metrics.jsonl which evaluation on val had the lowest L1, and note it."""
+    def find_best(self) -> None:
+        """Work out from metrics.jsonl which evaluation on val had the lowest L1."""
         entries = [entry for entry in self.folder.metrics() if entry["split"] == "val"]
         best = min(entries, key=lambda entry: (entry["l1"], entry["step"]), default=None)
-        self._best_step = best["step"] if best else None
-        self.checkpoints.mark_best(self._best_step, best["l1"] if best else None)
+        self._best_step, self._best_l1 = (best["step"], best["l1"]) if best else (None, None)
+
+    def mark_best(self) -> None:
+        """Note the best step, whose checkpoint is whole by now; the one that was best before is no longer kept for it."""
+        self.checkpoints.mark_best(self._best_step, self._best_l1)
+        self.checkpoints.clean()
 
     def summarise(self, step: int) -> None:
         """Write the losses' means since the last time, the speed, and begin new means."""
@@ -128,7 +137,7 @@ class Run:
         """Save everything; what was logged before is handed to the file system first."""
         self.summaries.flush()
         self.checkpoints.save(self.state.checkpoint(), step, pending=pending)
-        self.saved_step = step
+        self.saved_step, self.saved_pending = step, pending
 
 
 def due(actions: Sequence[Action], step: int) -> list[Action]:

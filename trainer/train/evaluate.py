@@ -1,7 +1,6 @@
 """How good the pictures are: L1, PSNR and SSIM on a split, and the fixed sample grid."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
 import keras
 import numpy as np
@@ -10,42 +9,40 @@ from numpy.typing import NDArray
 
 from trainer.config import Config
 from trainer.data.pairs import from_unit_range, maximum
-from trainer.data.pipeline import PairData, Split
+from trainer.data.pipeline import PairData
+from trainer.data.split import Split
 from trainer.model.generators import translate
 
 EVALUATION_BATCH = 4
 SAMPLE_PAIRS = 4
+MULTISCALE_SIDE = 176
 IDENTICAL_PSNR = 100.0  # decibels; stands for infinity, which JSON does not have
+
+PerImage = dict[str, NDArray[np.float64]]
 
 
 class InterruptedEvaluation(Exception):  # noqa: N818 - not a failure
     """A stop was asked for in the middle of an evaluation; nothing of it is kept."""
 
 
-class Scores(NamedTuple):
-    """One value for each image, float (images,).
+def score(output: tf.Tensor, target: tf.Tensor, *, multiscale: bool = False) -> dict[str, tf.Tensor]:
+    """Compare images (batch, height, width, channels) on the 0 to 255 scale; each score is float32 (batch,).
 
-    Attributes:
-        l1: mean absolute difference, on the 0 to 255 scale whatever the bit depth.
-        psnr: peak signal-to-noise ratio in decibels, 100 for equal images.
-        ssim: structural similarity (Wang et al. 2004: Gaussian window of 11, sigma 1.5), mean over channels; at most 1.
+    l1: mean absolute difference. psnr: peak signal-to-noise ratio in decibels, 100 for equal images. ssim: structural
+    similarity (Wang et al. 2004: Gaussian window of 11, sigma 1.5), mean over channels, at most 1. ms_ssim, if asked for and
+    both sides are 176 pixels or more: SSIM over five scales (Wang, Simoncelli and Bovik 2003).
     """
-
-    l1: tf.Tensor
-    psnr: tf.Tensor
-    ssim: tf.Tensor
-
-
-def score(output: tf.Tensor, target: tf.Tensor) -> Scores:
-    """Compare images (batch, height, width, channels) on the 0 to 255 scale."""
     output, target = tf.cast(output, tf.float32), tf.cast(target, tf.float32)
     squared = tf.reduce_mean(tf.math.squared_difference(output, target), axis=[1, 2, 3])
     psnr = 10.0 / tf.math.log(10.0) * tf.math.log(255.0**2 / squared)
-    return Scores(
-        l1=tf.reduce_mean(tf.abs(output - target), axis=[1, 2, 3]),
-        psnr=tf.minimum(psnr, IDENTICAL_PSNR),
-        ssim=tf.image.ssim(output, target, max_val=255.0),
-    )
+    scores = {
+        "l1": tf.reduce_mean(tf.abs(output - target), axis=[1, 2, 3]),
+        "psnr": tf.minimum(psnr, IDENTICAL_PSNR),
+        "ssim": tf.image.ssim(output, target, max_val=255.0),
+    }
+    if multiscale and min(output.shape[1:3]) >= MULTISCALE_SIDE:
+        scores["ms_ssim"] = tf.image.ssim_multiscale(output, target, max_val=255.0)
+    return scores
 
 
 class Evaluator:
@@ -56,15 +53,48 @@ class Evaluator:
         self._data = data
         self._seed = config.seed
         self._spec = data.specs.target
-        self._scores = tf.function(self._score_batch, reduce_retracing=True)
-        self._draw = tf.function(lambda images: translate(generator, images, config.seed), reduce_retracing=True)
+        shapes = [(None, *config.data.image_size, spec.channels) for spec in (data.specs.input, data.specs.target)]
+        self._signature = [tf.TensorSpec(shape, tf.float32) for shape in shapes]
+        self._draw = tf.function(lambda images: translate(generator, images, config.seed), input_signature=self._signature[:1])
+        self._scores = self._scorer(multiscale=False)
 
     def _levels(self, image: tf.Tensor) -> tf.Tensor:
         """[-1, 1] to the levels of the data's bit depth, then to the 0 to 255 scale."""
         return from_unit_range(image, self._spec.bit_depth) * (255.0 / maximum(self._spec))
 
-    def _score_batch(self, images: tf.Tensor, target: tf.Tensor) -> Scores:
-        return score(self._levels(translate(self._generator, images, self._seed)), self._levels(target))
+    def _scorer(self, *, multiscale: bool) -> Callable[[tf.Tensor, tf.Tensor], dict[str, tf.Tensor]]:
+        """One graph for batches of any size, so that a result does not hang on what was measured before."""
+
+        def score_batch(images: tf.Tensor, target: tf.Tensor) -> dict[str, tf.Tensor]:
+            drawn = self._levels(translate(self._generator, images, self._seed))
+            return score(drawn, self._levels(target), multiscale=multiscale)
+
+        compiled: Callable[[tf.Tensor, tf.Tensor], dict[str, tf.Tensor]] = tf.function(
+            score_batch, input_signature=self._signature
+        )
+        return compiled
+
+    def per_image(self, split: Split, interrupted: Callable[[], bool], *, multiscale: bool = False) -> PerImage:
+        """Every score of every image of a split, in stored order: float64 (images,) by name.
+
+        Args:
+            split: what to measure on.
+            interrupted: asked before each batch.
+            multiscale: also MS-SSIM, where the images are large enough for its five scales.
+
+        Raises:
+            InterruptedEvaluation: `interrupted()` became true.
+            DataError: a record is damaged.
+        """
+        columns: dict[str, list[NDArray[np.float32]]] = {}
+        scores = self._scorer(multiscale=True) if multiscale else self._scores
+        with self._data.naming_damage(split, lambda: range(split.examples)):
+            for batch in self._data.evaluation_batches(split, EVALUATION_BATCH):
+                if interrupted():
+                    raise InterruptedEvaluation
+                for name, values in scores(batch["input"], batch["target"]).items():
+                    columns.setdefault(name, []).append(values.numpy())
+        return {name: np.concatenate(column).astype(np.float64) for name, column in columns.items()}
 
     def measure(self, split: Split, interrupted: Callable[[], bool]) -> dict[str, float | int]:
         """Mean of each score over a split, each image weighing the same: {"images": n, "l1": ..., "psnr": ..., "ssim": ...}.
@@ -73,24 +103,18 @@ class Evaluator:
             InterruptedEvaluation: `interrupted()` became true.
             DataError: a record is damaged.
         """
-        columns: list[list[NDArray[np.float32]]] = [[] for _ in Scores._fields]
-        with self._data.naming_damage(split, lambda: range(split.examples)):
-            for batch in self._data.evaluation_batches(split, EVALUATION_BATCH):
-                if interrupted():
-                    raise InterruptedEvaluation
-                for column, values in zip(columns, self._scores(batch["input"], batch["target"]), strict=True):
-                    column.append(values.numpy())
-        means = {
-            name: round(float(np.concatenate(column).mean(dtype=np.float64)), 6)
-            for name, column in zip(Scores._fields, columns, strict=True)
-        }
-        return {"images": split.examples, **means}
+        scores = self.per_image(split, interrupted)
+        return {"images": split.examples, **{name: round(float(values.mean()), 6) for name, values in scores.items()}}
 
     def sample_columns(self) -> list[tuple[str, NDArray[np.uint8]]]:
         """Input, target and output of the first few validation pairs (of training, if there is no val), uint8."""
         split = self._data.split("val")
         split = split if split.examples else self._data.train
-        with self._data.naming_damage(split, lambda: range(min(SAMPLE_PAIRS, split.examples))):
-            batch = next(iter(self._data.evaluation_batches(split, SAMPLE_PAIRS, SAMPLE_PAIRS)))
+        return self.columns(split, range(min(SAMPLE_PAIRS, split.examples)))
+
+    def columns(self, split: Split, numbers: Sequence[int]) -> list[tuple[str, NDArray[np.uint8]]]:
+        """Input, target and output of some pairs of a split, as uint8 pictures."""
+        with self._data.naming_damage(split, lambda: numbers):
+            batch = next(iter(self._data.pairs_of(split, numbers)))
         images = {"input": batch["input"], "target": batch["target"], "output": self._draw(batch["input"])}
         return [(name, from_unit_range(image).numpy().astype(np.uint8)) for name, image in images.items()]

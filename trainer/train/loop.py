@@ -53,7 +53,7 @@ def train(config: Config, model_dir: Path) -> str:
     threads = devices.configure_threads(config.runtime)
     strategy = devices.one_device()
     given = PairData(Path(config.data.dir), config) if config.data.dir else None
-    folder = RunFolder(model_dir)
+    folder = RunFolder(model_dir).claim()
     folder.check_config(config)
     data = given or PairData(ensure_sample(folder.sample_data), config)
     mark = fingerprint(config, data.folder)
@@ -62,12 +62,13 @@ def train(config: Config, model_dir: Path) -> str:
     if newest and is_finished(newest, folder, data, config):
         return "this run is finished; raise train.steps to go on\n" + closing_lines(folder, newest)
     note_what_runs(folder, config, threads, data)
+    say_what_begins(config, data, folder, threads)
     with StopSignal() as stop:
         with strategy.scope():
             state = TrainState(config, data.specs)
         run = Run(config, folder, data, state, stop, Meter(config.train.batch_size))
-        start(run, newest)
         try:
+            start(run, newest)
             train_to_the_end(run, strategy, stop)
         except (DataError, DivergedError) as failure:
             folder.record_failure(str(failure), failure.exit_code, mark)
@@ -88,6 +89,14 @@ def note_what_runs(folder: RunFolder, config: Config, threads: int, data: PairDa
         raise UserError(f"{folder.path}: this run was trained on other data than {data.folder}; use another --model_dir")
     warn_of_changes(before, now)
     folder.write_config(config, now)
+    folder.write_data(data.manifest.about())
+
+
+def say_what_begins(config: Config, data: PairData, folder: RunFolder, threads: int) -> None:
+    """One line, so that nobody trains for a day on the wrong thing."""
+    where = data.folder if config.data.dir else "the packaged sample; --data_dir names another data set"
+    device = devices.describe(threads)
+    log.info("training on %s (%s), %d pairs, into %s, on %s", data.manifest.name, where, data.train.examples, folder.path, device)
 
 
 def start(run: Run, newest: Marker | None) -> None:
@@ -95,13 +104,14 @@ def start(run: Run, newest: Marker | None) -> None:
     done = -1
     if newest:
         run.checkpoints.restore(run.state.checkpoint(), newest)
-        run.saved_step = newest.step
+        run.saved_step, run.saved_pending = newest.step, newest.pending
         done = newest.step - 1 if newest.pending else newest.step
         log.info("going on from the checkpoint of step %d in %s", newest.step, run.checkpoints.folder)
-    run.checkpoints.forget_after(newest.step if newest else -1)
     run.folder.cut_after(done)
     cut_events_after(run.folder.summaries, done)
-    run.refresh_best()
+    run.checkpoints.forget_after(newest.step if newest else -1)
+    run.find_best()
+    run.mark_best()
     if newest and newest.pending:
         finish_step(run, newest.step)
 
@@ -116,7 +126,9 @@ def train_to_the_end(run: Run, strategy: tf.distribute.Strategy, stop: StopSigna
         if stop.received:
             save_and_stop(run, step, pending=False)
         while step < train.steps:
-            step = run_block(run, block, step)
+            before, step = step, run_block(run, block, step)
+            if step == before:  # a stop came between two blocks: what was due has been done
+                save_and_stop(run, step, pending=False)
             progress.update(step, run.meter.images_per_second, state.mean_losses() or state.latest_losses())
             finish_step(run, step)
     finally:
@@ -148,7 +160,7 @@ def diverged(run: Run, step: int) -> DivergedError:
     kept = "no checkpoint was due yet" if run.saved_step is None else f"the checkpoint of step {run.saved_step} is kept"
     return DivergedError(
         f"step {step}: a loss or gradient is not finite ({losses}); the run stops before that update and {kept}; "
-        "lower optimizer.learning_rate or look at the pairs of this batch"
+        "look at the pairs of this batch, or begin again with a lower optimizer.learning_rate and another --model_dir"
     )
 
 
@@ -176,9 +188,7 @@ def save_and_stop(run: Run, step: int, *, pending: bool) -> None:
     """
     if step and run.saved_step != step:
         run.checkpoint(step, pending=pending)
-    saved = (
-        f"step {run.saved_step} is saved in {run.folder.path}" if run.saved_step is not None else "nothing was trained yet"
-    )
+    saved = f"step {run.saved_step} is saved in {run.folder.path}" if run.saved_step is not None else "nothing was trained yet"
     raise StoppedError(f"{run.stop.received}: stopped; {saved}; the same command goes on from there")
 
 
@@ -205,5 +215,9 @@ def closing_lines(folder: RunFolder, newest: Marker) -> str:
         f"metrics     {folder.metrics_file}",
         f"checkpoint  {folder.checkpoints / newest.prefix}",
     ]
+    scores = [entry for entry in folder.metrics() if entry["split"] == "val"]
+    if scores:
+        best = min(scores, key=lambda entry: (entry["l1"], entry["step"]))
+        lines.append(f"best        step {best['step']}, val L1 {best['l1']:.1f} of 255; its checkpoint is kept")
     measured = [entry for entry in folder.metrics() if entry["step"] == newest.step]
     return "\n".join(lines + [f"{entry['split']} L1 {entry['l1']:.1f} of 255" for entry in measured])

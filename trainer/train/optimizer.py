@@ -56,9 +56,7 @@ class Adam:
             number: which update this is, int64, from 1.
             allowed: bool scalar; where false nothing changes at all.
         """
-        powers = [
-            tf.pow(tf.constant(beta, tf.float64), tf.cast(number, tf.float64)) for beta in (self._beta_1, self._beta_2)
-        ]
+        powers = [tf.pow(tf.constant(beta, tf.float64), tf.cast(number, tf.float64)) for beta in (self._beta_1, self._beta_2)]
         context = tf.distribute.get_replica_context()
         context.merge_call(self._update_all, args=(list(gradients), rate, *powers, allowed))
 

@@ -1,6 +1,7 @@
 """What a run would do, told without doing it: config, networks, data, steps, sizes."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import keras
 import yaml
@@ -9,6 +10,8 @@ from trainer.config import Config, to_tree
 from trainer.data.pipeline import PairData
 from trainer.data.sample import prepared_folder
 from trainer.model.discriminators import patch_convolutions, receptive_field
+from trainer.runtime.checkpoints import Checkpoints
+from trainer.runtime.run_folder import RunFolder
 from trainer.train.state import build_networks
 
 BYTES_PER_FLOAT = 4
@@ -84,11 +87,18 @@ def describe(config: Config, data: PairData) -> str:
     return "\n".join(lines)
 
 
-def dry_run(config: Config) -> str:
+def describe_run(folder: RunFolder, config: Config) -> str:
+    """Where the run would go, and what is there already."""
+    markers = Checkpoints(folder.checkpoints, config.train.keep).markers()
+    state = f"a run is there at step {markers[-1].step:,}; it would go on" if markers else "no run is there yet"
+    return f"  into {folder.path}: {state}"
+
+
+def dry_run(config: Config, model_dir: Path) -> str:
     """The report for this config; nothing is left on disk.
 
     Raises:
         DataError: the data set is missing or wrong.
     """
     with prepared_folder(config.data.dir) as folder:
-        return describe(config, PairData(folder, config))
+        return describe(config, PairData(folder, config)) + "\n" + describe_run(RunFolder(model_dir), config)

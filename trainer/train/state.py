@@ -32,7 +32,7 @@ class TrainState:
     Attributes:
         generator, discriminator: the networks.
         step: int64 variable, the steps done.
-        failed: float64 (3,) variable, the losses of the step that was not finite; NaN-free while all is well.
+        latest: float64 (3,) variable, the losses of the newest step, finite or not.
         healthy: bool variable, false once a loss or gradient was not finite.
     """
 

@@ -28,8 +28,13 @@ def _filtered_stderr() -> Iterator[None]:
 
 
 def load_tensorflow() -> None:
-    """Import TensorFlow and Keras once, quietly; warnings and errors of later TensorFlow code are shown."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
+    """Import TensorFlow and Keras once, quietly, on the backend and with the defaults that this code is written for."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ["KERAS_BACKEND"] = "tensorflow"
     with _filtered_stderr():
-        importlib.import_module("tensorflow")
-        importlib.import_module("keras")
+        tensorflow = importlib.import_module("tensorflow")
+        keras = importlib.import_module("keras")
+    keras.config.set_image_data_format("channels_last")  # a keras.json in the user's home may say otherwise
+    keras.config.set_floatx("float32")
+    # The remapper fuses layers for inference, fails on LeakyReLU and says so in red; the bits are the same without it.
+    tensorflow.config.optimizer.set_experimental_options({"remapping": False})

@@ -1,0 +1,221 @@
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import tensorflow as tf
+
+from tests.conftest import run_trainer
+from tests.pictures import as_kind, encode, label, photo, write_pairs
+from trainer.data import prepare as prepare_module
+from trainer.data import records
+from trainer.data.pairs import decode_record
+from trainer.data.prepare import Options, prepare
+from trainer.data.split import Split
+from trainer.errors import DataError, UserError
+
+
+def options(source: Path | str, output: Path, **more: object) -> Options:
+    return Options(str(source), output=output, **({"layout": "side_by_side"} | more))  # type: ignore[arg-type]
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+def stored(folder: Path, split: str) -> list[tf.train.Example]:
+    manifest = records.read_manifest(folder)
+    whole = Split(folder, manifest, split)
+    return [tf.train.Example.FromString(whole.read(number)) for number in range(whole.examples)]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    write_pairs(folder, 90, "jpeg")
+    return folder
+
+
+def test_same_bytes_for_any_number_of_processes_and_several_shards(pictures: Path, tmp_path: Path) -> None:
+    for processes in (1, 2, 3):
+        prepare(options(pictures, tmp_path / f"{processes}" / "data", shard_bytes=60_000), processes)
+    one, two, three = (digests(tmp_path / f"{processes}" / "data") for processes in (1, 2, 3))
+    assert one == two == three
+    assert len(one) > 4
+
+
+def test_originals_are_kept_byte_for_byte_under_their_keys_in_order(pictures: Path, tmp_path: Path) -> None:
+    prepare(options(pictures, tmp_path / "data", percent=(100, 0, 0)), 1)
+    examples = stored(tmp_path / "data", "train")
+    keys = [example.features.feature["key"].bytes_list.value[0].decode() for example in examples]
+    assert keys == [f"p{number:03d}" for number in range(90)]
+    for key, example in zip(keys, examples, strict=True):
+        assert example.features.feature["pair/encoded"].bytes_list.value[0] == (pictures / f"{key}.jpeg").read_bytes()
+
+
+def test_every_kind_of_file_gives_its_own_pixels(tmp_path: Path) -> None:
+    """Two folders: labels as 8-bit grey, photographs as 16-bit colour, in every format that holds them."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "out").mkdir()
+    kinds = [("png", "tiff"), ("tiff", "png"), ("bmp", "png"), ("png", "png")]
+    for number, (left, right) in enumerate(kinds):
+        (tmp_path / "in" / f"{number}.{left}").write_bytes(encode(as_kind(label(number), 1, 8), left))
+        (tmp_path / "out" / f"{number}.{right}").write_bytes(encode(as_kind(photo(number), 3, 16), right))
+    chosen = options(f"{tmp_path}/in,{tmp_path}/out", tmp_path / "data", layout="folders", labels="input", percent=(100, 0, 0))
+    prepare(chosen, 1)
+    manifest = records.read_manifest(tmp_path / "data")
+    assert (manifest.input.kind, manifest.input.channels, manifest.input.bit_depth) == ("labels", 1, 8)
+    assert (manifest.target.kind, manifest.target.channels, manifest.target.bit_depth) == ("photo", 3, 16)
+    split = Split(tmp_path / "data", manifest, "train")
+    for number in range(len(kinds)):
+        pair = decode_record(tf.constant(split.read(number)), manifest)
+        np.testing.assert_array_equal(pair.input, as_kind(label(number), 1, 8))
+        np.testing.assert_array_equal(pair.target, as_kind(photo(number), 3, 16))
+
+
+def spoil(folder: Path) -> list[str]:
+    """Bad pictures of each kind among good ones; returns what the report must say of each."""
+    good = (folder / "p001.jpeg").read_bytes()
+    (folder / "cut.jpeg").write_bytes(good[: len(good) // 2])
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "text.png").write_text("not a picture")
+    (folder / "odd.png").write_bytes(encode(photo(0, 64, 127), "png"))
+    (folder / "deep.png").write_bytes(encode(as_kind(photo(0, 64, 128), 3, 16), "png"))
+    return [
+        "cut.jpeg: its pixels cannot be decoded", "empty.png: the file is empty", "text.png: not a picture that is read here",
+        "odd.png: its width of 127 pixels has no middle", "deep.png: has 16 bits, most have 8",
+    ]  # fmt: skip
+
+
+def test_all_that_is_bad_is_named_in_one_report_and_nothing_is_written(pictures: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(pictures, tmp_path / "source"))
+    expected = spoil(source)
+    with pytest.raises(DataError) as caught:
+        prepare(options(source, tmp_path / "data"), 2)
+    *lines, advice = str(caught.value).splitlines()
+    assert len(lines) == len(expected)
+    assert [want for want in expected if sum(f"{source}/{want}" in line for line in lines) != 1] == []
+    assert advice.startswith("5 problems in 95 pairs; nothing was written")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_skip_bad_leaves_them_out_counted_and_listed(pictures: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(pictures, tmp_path / "source"))
+    expected = spoil(source)
+    closing = prepare(options(source, tmp_path / "data"), 2, skip_bad=True)
+    manifest = records.read_manifest(tmp_path / "data")
+    assert sum(manifest.examples(split) for split in manifest.splits) == 90
+    assert len(manifest.skipped) == 5
+    assert all(any(want in line for line in manifest.skipped) for want in expected)
+    assert "5 left out; dataset.json lists them" in closing
+
+
+def test_mismatched_sizes_name_both_files(tmp_path: Path) -> None:
+    for side, height in (("a", 64), ("b", 48)):
+        (tmp_path / side).mkdir()
+        (tmp_path / side / "1.png").write_bytes(encode(photo(0, height), "png"))
+    with pytest.raises(DataError, match=r"a/1\.png: is 64x64, its partner .*b/1\.png is 64x48"):
+        prepare(options(f"{tmp_path}/a,{tmp_path}/b", tmp_path / "data", layout="folders"), 1)
+
+
+class Died(BaseException):
+    """Stands for the power going."""
+
+
+def test_interrupted_run_looks_unfinished_and_a_second_one_completes_it(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends after its third shard; the second run takes the finished ones as they are."""
+    whole, chosen = tmp_path / "whole" / "data", options(pictures, tmp_path / "data", shard_bytes=60_000)
+    prepare(options(pictures, whole, shard_bytes=60_000), 1)
+    real, written = prepare_module.write_one, []
+
+    def dies(*arguments: object) -> object:
+        if len(written) == 3:
+            raise Died
+        written.append(arguments)
+        return real(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(prepare_module, "write_one", dies)
+    with pytest.raises(Died):
+        prepare(chosen, 1)
+    assert not (tmp_path / "data").exists()
+    written.clear()
+    monkeypatch.setattr(prepare_module, "write_one", lambda *arguments: (written.append(arguments), real(*arguments))[1])
+    prepare(chosen, 1)
+    shards = [shard for shards in records.read_manifest(whole).splits.values() for shard in shards]
+    assert len(written) == len(shards) - 3
+    assert digests(tmp_path / "data") == digests(whole)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "whole"]
+
+
+def test_prepared_again_is_done_at_once_and_other_pictures_are_refused(pictures: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(pictures, tmp_path / "source"))
+    prepare(options(source, tmp_path / "data"), 1)
+    before = digests(tmp_path / "data")
+    assert "is prepared already" in prepare(options(source, tmp_path / "data"), 1)
+    (source / "p000.jpeg").write_bytes((source / "p001.jpeg").read_bytes())
+    with pytest.raises(UserError, match="holds another data set"):
+        prepare(options(source, tmp_path / "data"), 1)
+    assert digests(tmp_path / "data") == before
+
+
+def test_a_folder_that_is_no_data_set_is_not_touched(pictures: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "thesis.tex").write_text("")
+    with pytest.raises(UserError, match="is there and is no data set"):
+        prepare(options(pictures, tmp_path / "data"), 1)
+
+
+def test_no_pictures_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no pictures"):
+        prepare(options(tmp_path, tmp_path / "data"), 1)
+
+
+def test_the_command_teaches_prepares_and_refuses(pictures: Path, tmp_path: Path) -> None:
+    taught = run_trainer("prepare", "--help")
+    assert taught.returncode == 0
+    assert taught.stdout.count("  trainer prepare ") >= 3
+    done = run_trainer(
+        "prepare", f"--source={pictures}", f"--output={tmp_path}/data", "--labels=input", "--split_percent=80,10,10"
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"next: trainer --data_dir={tmp_path}/data --model_dir=RUN" in done.stdout
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "x.png").write_bytes(b"")
+    refused = run_trainer("prepare", f"--source={tmp_path}/bad", f"--output={tmp_path}/bad-data")
+    assert refused.returncode == 2
+    assert refused.stderr.startswith(f"trainer: {tmp_path}/bad/x.png: the file is empty\n")
+    assert "Traceback" not in refused.stderr
+    assert run_trainer("prepare", "--output=x").stderr.startswith("trainer: trainer prepare needs --source")
+
+
+@pytest.mark.slow
+def test_ten_thousand_pairs_in_a_minute_and_flat_memory(tmp_path: Path) -> None:
+    """512x256 JPEG on two cores; the peak of the writing process and its children together."""
+    write_pairs(tmp_path / "some", 63, "jpeg", (256, 256))
+    (tmp_path / "source").mkdir()
+    some = sorted((tmp_path / "some").iterdir())
+    for number in range(10_000):
+        os.link(some[number % 63], tmp_path / "source" / f"{number:05d}.jpeg")
+    began, peak, early = time.monotonic(), 0, 0
+    command = [sys.executable, "-m", "trainer", "prepare", f"--source={tmp_path}/source", f"--output={tmp_path}/data"]
+    process = subprocess.Popen(command)
+    while process.poll() is None:
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        used = sum(one.memory_info().rss for one in family if one.is_running() and one.status() != psutil.STATUS_ZOMBIE)
+        peak = max(peak, used)
+        if time.monotonic() - began < 12:
+            early = peak
+        time.sleep(0.2)
+    seconds = time.monotonic() - began
+    print(f"10,000 pairs in {seconds:.0f} s, peak memory {peak / 1e9:.2f} GB, {early / 1e9:.2f} GB in the first 12 s")
+    assert process.returncode == 0
+    assert seconds < 60
+    assert peak < early + 400e6

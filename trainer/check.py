@@ -1,0 +1,54 @@
+"""`trainer check`: is a prepared data set whole, and what does it look like?"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.data.pairs import from_unit_range
+from trainer.data.pipeline import PairData
+from trainer.data.split import Split
+from trainer.data.verify import verify
+from trainer.errors import DataError
+from trainer.runtime.pictures import save_sheet
+
+THUMBNAILS = 24
+THUMBNAIL_HEIGHT = 128
+
+
+def check(data_dir: Path, thumbnails: Path | None) -> str:
+    """Verify a data set against its manifest; write a contact sheet if asked; return the counts.
+
+    Raises:
+        DataError: one line for each shard or record that is bad.
+    """
+    manifest, problems = verify(data_dir, len(os.sched_getaffinity(0)))
+    if problems:
+        raise DataError("\n".join([*problems, f"{data_dir}: {len(problems)} problems"]))
+    lines = [f"{data_dir}: {manifest.name}, layout {manifest.layout}, {manifest.licence}"]
+    for name in manifest.splits:
+        lines.append(f"  {name:6} {manifest.examples(name):>9,} pairs in {len(manifest.splits[name])} shards")
+    for side, spec in (("input", manifest.input), ("target", manifest.target)):
+        lines.append(f"  {side:6} {spec.kind}, {spec.channels} channels, {spec.bit_depth} bits")
+    if thumbnails:
+        write_thumbnails(data_dir, thumbnails)
+        lines.append(f"thumbnails  {thumbnails}")
+    return "\n".join([*lines, "every shard, record and picture is sound"])
+
+
+def write_thumbnails(data_dir: Path, path: Path) -> None:
+    """A contact sheet of pairs, spread evenly over the largest split, input left of target."""
+    data = PairData.without_config(data_dir)
+    split = max((data.split(name) for name in data.manifest.splits), key=lambda split: split.examples)
+    count = min(THUMBNAILS, split.examples)
+    numbers = [split.examples * place // count for place in range(count)]
+    pictures = [(split.key(number), _pair(data, split, number)) for number in numbers]
+    save_sheet(path, f"{data.manifest.name}: {count} of {split.examples} pairs of {split.name}", pictures)
+
+
+def _pair(data: PairData, split: Split, number: int) -> NDArray[np.uint8]:
+    batch = next(iter(data.pairs_of(split, [number])))
+    sides = [from_unit_range(batch[side][0]).numpy().astype(np.uint8) for side in ("input", "target")]
+    colour = [np.repeat(side, 3, axis=-1) if side.shape[-1] == 1 else side[..., :3] for side in sides]
+    return np.concatenate(colour, axis=1)

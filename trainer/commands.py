@@ -1,0 +1,145 @@
+"""Each command: its flags -> one call. TensorFlow and the rooms that need it are loaded only when a command begins."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from absl import flags
+
+from trainer.arguments import need
+from trainer.cluster import check_environment
+from trainer.config import SAMPLE_CONFIG, Config, load_config
+from trainer.errors import UserError
+from trainer.runtime.progress import log_to_stderr
+from trainer.startup import load_tensorflow
+
+
+def _local(**places: str | None) -> None:
+    """Refuse buckets, which this version does not read, before one becomes a folder named `gs:`."""
+    for flag, place in places.items():
+        if place and "://" in place:
+            raise UserError(f"--{flag}={place}: this version reads and writes local folders only; copy the bucket or mount it")
+
+
+def _begin() -> None:
+    check_environment(os.environ)
+    load_tensorflow()
+    log_to_stderr()
+
+
+def resolve(values: flags.FlagValues) -> tuple[Config, Path]:
+    """The config that the flags ask for, and the run's folder.
+
+    Raises:
+        UserError: a wrong setting, or a bucket.
+    """
+    path = values.config
+    if path == "":
+        raise UserError("--config=: allowed: a YAML file, or no --config at all")
+    if path is None and values.data_dir is None:
+        path = str(SAMPLE_CONFIG)
+    overrides = list(values.set)
+    if values.data_dir is not None:
+        overrides.append(f"data.dir={values.data_dir!r}")
+    config = load_config(path, overrides)
+    model_dir = values.model_dir or f"runs/{Path(path).stem if path else 'run'}"
+    _local(data_dir=config.data.dir, model_dir=model_dir)
+    return config, Path(model_dir)
+
+
+def train(values: flags.FlagValues) -> str:
+    """trainer train"""
+    config, model_dir = resolve(values)
+    _begin()
+    if values.dry_run:
+        from trainer.train.plan import dry_run
+
+        return dry_run(config, model_dir)
+    from trainer.train.loop import train as run
+
+    return run(config, model_dir)
+
+
+def percentages(text: str) -> tuple[int, ...]:
+    """`90,5,5` as numbers.
+
+    Raises:
+        UserError: they are not three that make 100.
+    """
+    parts = text.split(",")
+    if len(parts) != 3 or not all(part.strip().isdigit() for part in parts) or sum(int(part) for part in parts) != 100:
+        raise UserError(f"--split_percent={text}: allowed: three whole numbers that make 100, such as 90,5,5")
+    return tuple(int(part) for part in parts)
+
+
+def prepare(values: flags.FlagValues) -> str:
+    """trainer prepare"""
+    source, output = need(values, "prepare", "source", "output")
+    percent = percentages(values.split_percent)
+    _local(source=source, output=output)
+    _begin()
+    from trainer.data.prepare import Options
+    from trainer.data.prepare import prepare as run
+    from trainer.data.published import PUBLISHED, fetch
+
+    options = Options(source, values.layout, Path(output), values.labels, percent, values.shard_mb * 10**6)
+    if source in PUBLISHED and not Path(source).exists():
+        return fetch(source, options, values.base_url, values.processes, values.skip_bad)
+    return run(options, values.processes, values.skip_bad)
+
+
+def check(values: flags.FlagValues) -> str:
+    """trainer check"""
+    (data_dir,) = need(values, "check", "data_dir")
+    _local(data_dir=data_dir, thumbnails=values.thumbnails)
+    _begin()
+    from trainer.check import check as run
+
+    return run(Path(data_dir), Path(values.thumbnails) if values.thumbnails else None)
+
+
+def _trained(values: flags.FlagValues, command: str):  # type: ignore[no-untyped-def]  # noqa: ANN202 - it would load TensorFlow
+    (model_dir,) = need(values, command, "model_dir")
+    _local(model_dir=model_dir)
+    _begin()
+    from trainer.trained import open_run
+
+    return open_run(Path(model_dir), values.checkpoint, values.inference)
+
+
+def evaluate(values: flags.FlagValues) -> str:
+    """trainer evaluate"""
+    run = _trained(values, "evaluate")
+    from trainer.evaluate import evaluate as measure
+
+    return measure(run, values.data_dir or "", values.split)
+
+
+def predict(values: flags.FlagValues) -> str:
+    """trainer predict"""
+    given, output = need(values, "predict", "input", "output")
+    _local(input=given, output=output)
+    run = _trained(values, "predict")
+    from trainer.predict import predict as draw
+
+    return draw(run, given, Path(output), values.seed)
+
+
+def export(values: flags.FlagValues) -> str:
+    """trainer export"""
+    (output,) = need(values, "export", "output")
+    _local(output=output)
+    run = _trained(values, "export")
+    from trainer.export import export as write
+
+    return write(run, Path(output), [name for name in values.formats.split(",") if name])
+
+
+COMMANDS: dict[str, Callable[[flags.FlagValues], str]] = {
+    "train": train,
+    "prepare": prepare,
+    "check": check,
+    "evaluate": evaluate,
+    "predict": predict,
+    "export": export,
+}

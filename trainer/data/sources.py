@@ -1,0 +1,166 @@
+"""Where a user's pairs are: side-by-side pictures, two folders, or a list of paths -> the pairs' files, keys and splits."""
+
+import csv
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainer.errors import DataError
+
+SPLITS = ("train", "val", "test")
+_SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+
+
+@dataclass(frozen=True, slots=True)
+class PairFile:
+    """One pair on disk.
+
+    Attributes:
+        key: names the pair, unique in the whole set.
+        split: train, val or test.
+        input: the picture that holds the input, or both sides.
+        target: the picture that holds the target; None where `input` holds both.
+    """
+
+    key: str
+    split: str
+    input: Path
+    target: Path | None = None
+
+    @property
+    def paths(self) -> list[Path]:
+        """Its one or two files."""
+        return [self.input] if self.target is None else [self.input, self.target]
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """What was found: the pairs, sorted by key, and a line for each file that is part of none."""
+
+    pairs: list[PairFile]
+    problems: list[str]
+
+
+def split_of(key: str, percent: Sequence[int]) -> str:
+    """train, val or test by a hash of the key alone: adding pairs later moves none of the others."""
+    place = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") * 100 >> 64
+    return "train" if place < percent[0] else "val" if place < percent[0] + percent[1] else "test"
+
+
+def pictures_below(folder: Path) -> list[Path]:
+    """All picture files below a folder, sorted; hidden ones are passed over."""
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
+    return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+
+
+def _need_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; --source takes one that exists")
+
+
+def _place(path: Path, folder: Path, percent: Sequence[int]) -> tuple[str, str]:
+    """Key and split of a picture: a first folder named train, val or test is the split and no part of the key."""
+    parts = path.relative_to(folder).with_suffix("").parts
+    split = _SPLIT_NAMES.get(parts[0].lower()) if len(parts) > 1 else None
+    key = "/".join(parts)
+    return key, split or split_of(key, percent)
+
+
+def _without_repeats(pairs: Iterable[PairFile]) -> Listing:
+    seen: dict[str, PairFile] = {}
+    problems = []
+    for pair in sorted(pairs, key=lambda pair: (pair.key, pair.input)):
+        if pair.key in seen:
+            problems.append(f"{pair.input}: has the same name as {seen[pair.key].input}")
+        else:
+            seen[pair.key] = pair
+    return Listing(list(seen.values()), problems)
+
+
+def side_by_side(folder: Path, percent: Sequence[int]) -> Listing:
+    """Each picture holds input and target, left and right."""
+    _need_folder(folder)
+    placed = ((path, *_place(path, folder, percent)) for path in pictures_below(folder))
+    return _without_repeats(PairFile(key, split, path) for path, key, split in placed)
+
+
+def two_folders(inputs: Path, targets: Path, percent: Sequence[int]) -> Listing:
+    """Inputs and targets in folders of their own, matched by their path below the folder without its suffix."""
+    for folder in (inputs, targets):
+        _need_folder(folder)
+    sides = []
+    for folder in (inputs, targets):
+        sides.append(_without_repeats(PairFile(*_place(path, folder, percent), path) for path in pictures_below(folder)))
+    left, right = ({pair.key: pair for pair in side.pairs} for side in sides)
+    pairs = [PairFile(key, left[key].split, left[key].input, right[key].input) for key in left if key in right]
+    alone = [f"{left[key].input}: has no partner in {targets}" for key in left if key not in right]
+    alone += [f"{right[key].input}: has no partner in {inputs}" for key in right if key not in left]
+    return Listing(pairs, sides[0].problems + sides[1].problems + alone)
+
+
+def read_list(path: Path, percent: Sequence[int]) -> Listing:
+    """A CSV with a header or a JSONL file with `input`, `target` and, if wanted, `split` and `key` in each row.
+
+    Paths are relative to the list's own folder. A row without `target` holds both sides in `input`.
+    """
+    pairs, problems = [], []
+    for number, row in _rows(path):
+        try:
+            pairs.append(_pair_of_row(row, path.parent, percent))
+        except ValueError as error:
+            problems.append(f"{path}, row {number}: {error}")
+    listing = _without_repeats(pairs)
+    missing = [f"{file}: is in {path} and not on disk" for pair in listing.pairs for file in pair.paths if not file.is_file()]
+    present = [pair for pair in listing.pairs if all(file.is_file() for file in pair.paths)]
+    if len({pair.target is None for pair in present}) > 1:
+        raise DataError(f"{path}: some rows have a target and some have none; a data set has one layout")
+    return Listing(present, problems + listing.problems + missing)
+
+
+def _rows(path: Path) -> list[tuple[int, object]]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise DataError(f"{path}: cannot read the list: {reason}") from error
+    if path.suffix.lower() == ".csv":
+        return list(enumerate(csv.DictReader(text.splitlines()), 2))
+    return [(number, _json(line)) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+
+
+def _json(line: str) -> object:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        return None
+
+
+def _pair_of_row(row: object, folder: Path, percent: Sequence[int]) -> PairFile:
+    if not isinstance(row, dict) or not isinstance(row.get("input"), str) or not row["input"]:
+        raise ValueError('allowed: {"input": "a.png", "target": "b.png"}, or a CSV whose header names input and target')
+    target, split, key = row.get("target") or None, row.get("split") or None, row.get("key") or row["input"]
+    if not all(isinstance(value, str | None) for value in (target, split, key)):
+        raise ValueError("target, split and key must be text")
+    if split is not None and split not in _SPLIT_NAMES:
+        raise ValueError(f"split: got {split!r}, allowed: train, val or test")
+    chosen = _SPLIT_NAMES[split] if split else split_of(key, percent)
+    return PairFile(str(key), chosen, folder / row["input"], folder / target if target else None)
+
+
+def list_pairs(source: str, layout: str, percent: Sequence[int]) -> Listing:
+    """The pairs of a source in one of the layouts side_by_side, folders (INPUTS,TARGETS) and list.
+
+    Raises:
+        DataError: the source does not exist, or is not of this layout.
+    """
+    if layout == "side_by_side":
+        return side_by_side(Path(source), percent)
+    if layout == "list":
+        return read_list(Path(source), percent)
+    inputs, comma, targets = source.partition(",")
+    if not comma:
+        raise DataError(f"--source={source}: the layout `folders` takes two, as --source=INPUTS,TARGETS")
+    return two_folders(Path(inputs), Path(targets), percent)

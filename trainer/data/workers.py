@@ -1,0 +1,74 @@
+"""Work spread over processes, with results in the order of the items and a bounded number of them in memory."""
+
+import multiprocessing
+import os
+import signal
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
+from typing import TypeVar
+
+from trainer.errors import TrainerError
+from trainer.startup import load_tensorflow
+
+CHUNK = 32
+CHUNKS_AHEAD = 3
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def _start() -> None:
+    """Ctrl-C is the parent's to handle; each process decodes one picture at a time."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    load_tensorflow()
+    from trainer.data.convert import limit_threads
+
+    limit_threads()
+
+
+class Workers:
+    """A pool of processes; leave its context and they are gone. One process is this one."""
+
+    def __init__(self, processes: int) -> None:
+        self._processes = processes or len(os.sched_getaffinity(0))
+        self._pool = self._start_pool() if self._processes > 1 else None
+
+    def _start_pool(self) -> ProcessPoolExecutor:
+        context = multiprocessing.get_context("spawn")
+        return ProcessPoolExecutor(self._processes, mp_context=context, initializer=_start)
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._pool:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def map(self, function: Callable[[Sequence[Item]], list[Result]], items: Sequence[Item]) -> Iterator[Result]:
+        """Apply a function of a few items to all items; results come in order.
+
+        Raises:
+            TrainerError: a process died.
+        """
+        chunks = (items[start : start + CHUNK] for start in range(0, len(items), CHUNK))
+        if self._pool is None:
+            for chunk in chunks:
+                yield from function(chunk)
+            return
+        yield from self._spread(self._pool, function, chunks)
+
+    def _spread(
+        self, pool: ProcessPoolExecutor, function: Callable[[Sequence[Item]], list[Result]], chunks: Iterator[Sequence[Item]]
+    ) -> Iterator[Result]:
+        submitted = (pool.submit(function, chunk) for chunk in chunks)
+        waiting: deque[Future[list[Result]]] = deque(islice(submitted, CHUNKS_AHEAD * self._processes))
+        try:
+            while waiting:
+                results = waiting.popleft().result()
+                waiting.extend(islice(submitted, 1))
+                yield from results
+        except BrokenProcessPool as error:
+            raise TrainerError("a process that read pictures died; was there too little memory? try --processes=1") from error

@@ -1,0 +1,80 @@
+"""A trained generator, opened from a run's folder without its data, its discriminator or its optimisers."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import keras
+import tensorflow as tf
+
+from trainer.config import Config
+from trainer.data.pipeline import Specs
+from trainer.data.records import ImageSpec
+from trainer.errors import UserError
+from trainer.model.generators import depth_for, unet
+from trainer.runtime.checkpoints import Checkpoints, Marker
+from trainer.runtime.run_folder import RunFolder
+
+Inference = Literal["paper", "frozen"]
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """What is known of a run, and the checkpoint that was chosen.
+
+    Attributes:
+        folder: the run's folder.
+        config: its config, with the inference mode that was asked for.
+        about: data.json, what it was trained on.
+        marker: the checkpoint.
+    """
+
+    folder: RunFolder
+    config: Config
+    about: dict[str, Any]
+    marker: Marker
+
+    @property
+    def specs(self) -> Specs:
+        """What the generator's input and output look like."""
+        sides = [ImageSpec.model_validate(self.about[side]) for side in ("input", "target")]
+        return Specs(*(sides if self.config.data.direction == "forward" else sides[::-1]))
+
+    @property
+    def multiple(self) -> int:
+        """The sides of an image must be multiples of this."""
+        return 1 << depth_for(*self.config.data.image_size)
+
+    def generator(self, *, any_size: bool = True) -> keras.Model:
+        """Build the generator and load its weights.
+
+        Raises:
+            UserError: the checkpoint is of another network.
+        """
+        config, specs = self.config, self.specs
+        channels = (specs.input.channels, specs.target.channels)
+        network = unet(config.model, config.data.image_size, *channels, config.seed, any_size=any_size)
+        prefix = self.folder.checkpoints / self.marker.prefix
+        status = tf.train.Checkpoint(generator=network).read(str(prefix))
+        try:
+            status.assert_existing_objects_matched().expect_partial()
+        except AssertionError as error:
+            raise UserError(f"{prefix}: is not a checkpoint of this generator") from error
+        return network
+
+
+def open_run(model_dir: Path, checkpoint: str = "newest", inference: Inference | None = None) -> TrainedRun:
+    """Open a run's folder for use; training in it may go on meanwhile.
+
+    Raises:
+        UserError: there is no run, or no whole checkpoint in it.
+    """
+    folder = RunFolder(model_dir)
+    about = folder.read_data()
+    config = folder.saved_config()
+    if config is None:
+        raise UserError(f"--model_dir={model_dir}: its config.yaml is gone")
+    if inference:
+        config = config.model_copy(update={"model": config.model.model_copy(update={"inference": inference})})
+    marker = Checkpoints(folder.checkpoints, config.train.keep).choose(checkpoint)
+    return TrainedRun(folder, config, about, marker)
