@@ -45,6 +45,7 @@ setup(
             "pytest-timeout>=2.3",
             "ruff>=0.8",
             "scikit-image>=0.24",
+            "scipy>=1.11",
             "types-protobuf",
             "types-psutil",
             "types-PyYAML",

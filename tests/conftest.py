@@ -17,6 +17,8 @@ import keras  # noqa: E402
 
 from trainer.data.pipeline import PairData  # noqa: E402
 from trainer.data.sample import ensure_sample  # noqa: E402
+from trainer.runtime.checkpoints import Checkpoints  # noqa: E402
+from trainer.trained import TrainedRun, open_run  # noqa: E402
 
 SMALL = (
     "data.image_size=[64,64]",
@@ -65,3 +67,14 @@ def run_trainer(*arguments: str, **environment: str) -> subprocess.CompletedProc
     process = start_trainer(*arguments, **environment)
     out, err = process.communicate(timeout=240)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
+    """A run of 24 steps on the sample, its best evaluation at step 20 by decree."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    settings = (*SMALL, "train.steps=24", "train.evaluate_every=20", "train.sample_every=0", "optimizer.learning_rate=0.01")
+    done = run_trainer(f"--model_dir={folder}", *(f"--set={setting}" for setting in settings))
+    assert done.returncode == 0, done.stderr
+    Checkpoints(folder / "checkpoints", 3).mark_best(20, 0.0)
+    return open_run(folder)

@@ -25,7 +25,7 @@ class Served(tf.Module):
         self.generator = run.generator()
         self._specs, self._multiple, self._seed = run.specs, run.multiple, run.config.seed
         channels = self._specs.input.channels
-        seed = tf.TensorSpec((), tf.int64, name="seed")
+        seed = tf.TensorSpec((), tf.int32, name="seed")
         images = tf.TensorSpec((None, None, None, channels), tf.float32, name="images")
         self.images = tf.function(self._images, input_signature=[images])
         self.images_seeded = tf.function(self._images, input_signature=[images, seed])
@@ -82,8 +82,12 @@ def stock_model(run: TrainedRun) -> keras.Model:
 
     Its dropout masks, which are functions of seed and layer at inference, become constants.
     """
-    network, size = run.generator(any_size=False), run.config.data.image_size
-    image = keras.Input((*size, run.specs.input.channels), name="image")
+    return stock_copy(run.generator(any_size=False), run)
+
+
+def stock_copy(network: keras.Model, run: TrainedRun) -> keras.Model:
+    """Rebuild a generator layer by layer and copy its weights."""
+    image = keras.Input(network.inputs[0].shape[1:], name="image")
     keys = inference_keys(run.config.seed, tf.constant(1))
 
     outputs: dict[int, keras.KerasTensor] = {id(network.inputs[0]): image}
