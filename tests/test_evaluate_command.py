@@ -11,6 +11,8 @@ from scipy.ndimage import correlate1d, uniform_filter
 from tests.conftest import run_trainer
 from tests.pictures import photo
 from trainer.check import check
+from trainer.data import records
+from trainer.errors import DataError
 from trainer.evaluate import evaluate, summarise, table
 from trainer.train.evaluate import score
 from trainer.trained import TrainedRun, open_run
@@ -102,9 +104,6 @@ def test_the_command_measures_the_frozen_generator_too(trained_run: TrainedRun) 
 
 
 def test_missing_split_is_named(trained_run: TrainedRun, tmp_path: Path) -> None:
-    from trainer.data import records
-    from trainer.errors import DataError
-
     manifest = records.read_manifest(trained_run.folder.sample_data)
     for path in trained_run.folder.sample_data.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())

@@ -18,7 +18,10 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+SLOW = ("colour from grey", "16-bit colour from 4 channels, tall")
+
+
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.slow if kind in SLOW else ()) for kind in KINDS])
 def test_kind_is_prepared_trained_and_drawn(kind: str, tmp_path: Path) -> None:
     (in_channels, in_bits, in_format), (out_channels, out_bits, out_format), size = KINDS[kind]
     for split, count in (("train", 4), ("val", 1), ("test", 1)):

@@ -102,7 +102,7 @@ def test_killed_at_three_random_moments_it_ends_with_the_same_bits(undisturbed: 
     assert_same_run(folder, undisturbed)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_stopped_by_a_signal_it_saves_and_ends_with_the_same_bits(
     number: signal.Signals, undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -130,6 +130,7 @@ def test_stopped_by_a_signal_it_saves_and_ends_with_the_same_bits(
     assert_same_run(folder, undisturbed)
 
 
+@pytest.mark.slow
 def test_blocks_of_any_length_give_the_same_bits(undisturbed: Path, tmp_path: Path) -> None:
     done = run_trainer(*arguments(tmp_path / "run", "train.steps_per_loop=7", "data.cache=memory"))
     assert done.returncode == 0, done.stderr
@@ -178,6 +179,7 @@ def test_other_settings_are_refused_and_more_steps_are_not(undisturbed: Path, tm
     assert marker.step == STEPS + 10
 
 
+@pytest.mark.slow
 def test_damaged_newest_checkpoint_falls_back_and_ends_with_the_same_bits(undisturbed: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(undisturbed, tmp_path / "run"))
     path = next((folder / "checkpoints").glob(f"step-{STEPS:08d}-*.data*"))
