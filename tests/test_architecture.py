@@ -55,9 +55,10 @@ def test_imports_keep_the_law(path: Path) -> None:
     assert [imported for imported in own if not allowed(name_of(path), imported)] == []
 
 
-@pytest.mark.parametrize(
-    "name", ["trainer.config", "trainer.cluster", "trainer.errors", "trainer.help", "trainer.commands", "trainer.__main__"]
-)
+LIGHT = ("config", "cluster", "errors", "help", "arguments", "commands", "__main__")
+
+
+@pytest.mark.parametrize("name", LIGHT)
 def test_what_answers_a_wrong_key_does_not_load_tensorflow(name: str) -> None:
     """Checked on the text here, and by the clock in test_main."""
     tree = ast.parse((PACKAGE / f"{name}.py").read_text())

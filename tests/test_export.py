@@ -111,3 +111,12 @@ def test_unknown_format_is_refused(trained_run: TrainedRun, tmp_path: Path) -> N
     with pytest.raises(UserError, match="--formats=onnx: allowed: saved_model, keras"):
         export(trained_run, tmp_path / "x", ["onnx"])
     assert not (tmp_path / "x").exists()
+
+
+def test_somebodys_files_are_not_written_among_and_an_export_is_replaced(trained_run: TrainedRun, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(UserError, match="is there and holds no export"):
+        export(trained_run, tmp_path, ["keras"])
+    assert (tmp_path / "README.md").read_text() == "mine"
+    for _ in range(2):
+        export(trained_run, tmp_path / "export", ["keras"])

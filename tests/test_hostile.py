@@ -10,7 +10,7 @@ from tests.conftest import SMALL, run_trainer, small_config
 from tests.damage import Damaged, damaged_pictures, damaged_records
 from tests.pictures import encode, photo, write_pairs
 from trainer.data import records
-from trainer.data.pipeline import PairData
+from trainer.data.pipeline import PairData, elements
 from trainer.data.prepare import Options, prepare
 from trainer.data.split import Split
 from trainer.data.verify import verify
@@ -64,7 +64,7 @@ def through_pipeline(data: PairData, split: Split, *, training: bool) -> DataErr
     batches = data.training_batches(0, split.examples) if training else data.evaluation_batches(split, 2)
     try:
         with data.naming_damage(split, lambda: range(split.examples)):
-            for _ in batches:
+            for _ in elements(batches):
                 pass
     except DataError as error:
         return error

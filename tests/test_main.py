@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import run_trainer
-from trainer.arguments import define_flags, parse
+from trainer.arguments import FLAGS_OF, define_flags, parse
 from trainer.commands import resolve
 from trainer.config import Config
 from trainer.errors import UserError
+from trainer.help import help_text
 
 
 def test_list_of_flags_is_frozen() -> None:
@@ -116,3 +117,15 @@ def test_dry_run_tells_networks_data_and_plan_and_writes_nothing(tmp_path: Path)
         "1,400 steps of batch size 1",
     ):
         assert line in done.stdout
+
+
+def test_help_of_a_command_lists_its_flags_and_no_others() -> None:
+    for command, names in FLAGS_OF.items():
+        text = help_text(define_flags(), command)
+        assert [name for name in names if f"  --{name} " not in text] == []
+    assert "--thumbnails" not in help_text(define_flags(), "predict")
+
+
+def test_a_flag_of_another_command_is_refused() -> None:
+    with pytest.raises(UserError, match="trainer evaluate takes no --seed"):
+        parse(["trainer", "evaluate", "--model_dir=x", "--seed=3"])

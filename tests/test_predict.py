@@ -130,3 +130,22 @@ def test_best_checkpoint_can_be_chosen(trained_run: TrainedRun) -> None:
     assert trained_run.marker.step == 24
     assert (Predictor(best).draw(label(0)) != Predictor(trained_run).draw(label(0))).any()
     assert tf.executing_eagerly()
+
+
+def test_originals_are_never_replaced_and_old_drawings_never_drawn_again(trained_run: TrainedRun, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(encode(label(0), "png"))
+    before = (tmp_path / "a.png").read_bytes()
+    for given in (tmp_path, tmp_path / "a.png", f"{tmp_path}/*.png"):
+        with pytest.raises(DataError, match=r"a\.png would be replaced by its drawing"):
+            predict(trained_run, str(given), tmp_path)
+    assert (tmp_path / "a.png").read_bytes() == before
+    for _ in range(2):
+        assert predict(trained_run, str(tmp_path), tmp_path / "out").startswith("1 pictures")
+    assert [path.name for path in (tmp_path / "out").rglob("*")] == ["a.png"]
+
+
+def test_names_of_other_scripts_are_drawn(trained_run: TrainedRun, tmp_path: Path) -> None:
+    name = "Bildschirmfoto 2026-01-01 um 9.41\u202fPM \u3000\u753b\u50cf.png"
+    (tmp_path / name).write_bytes(encode(label(0), "png"))
+    predict(trained_run, str(tmp_path), tmp_path / "out")
+    assert (tmp_path / "out" / name).is_file()

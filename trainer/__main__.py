@@ -1,7 +1,9 @@
 """argv -> one command; errors -> exit codes; nothing else."""
 
+import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from trainer import __version__
 from trainer.arguments import parse
@@ -20,19 +22,42 @@ def run(argv: Sequence[str]) -> str:
     return COMMANDS[command](values)
 
 
-def main() -> None:
-    """The console script: run, print, and leave with a code from the table in errors.py."""
+def main() -> NoReturn:
+    """The console script: run, print, and leave with a code from the table in errors.py.
+
+    It leaves without the interpreter's own end: that frees input pipelines while their threads wait for the interpreter, and
+    neither can go on.
+    """
+    code = told(sys.argv)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def told(argv: Sequence[str]) -> int:
+    """Run, print the closing lines or what went wrong, and return the exit code."""
     try:
-        print(run(sys.argv))
+        print(run(argv))
     except TrainerError as error:
         print("".join(f"trainer: {line}\n" for line in str(error).splitlines()), end="", file=sys.stderr)
-        sys.exit(error.exit_code)
+        _keep(error)
+        return error.exit_code
     except KeyboardInterrupt:
         print("trainer: SIGINT: stopped; no training was under way, so nothing is lost", file=sys.stderr)
-        sys.exit(ExitCode.STOPPED)
+        return ExitCode.STOPPED
     except OSError as error:
         print(f"trainer: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
-        sys.exit(ExitCode.UNEXPECTED)
+        _keep(error)
+        return ExitCode.UNEXPECTED
+    return ExitCode.DONE
+
+
+_LAST: list[Exception] = []
+
+
+def _keep(error: Exception) -> None:
+    """Hold the failure, and through its traceback the input pipeline, until the process is gone (see `main`)."""
+    _LAST.append(error)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,18 @@ COMMANDS = {
     "predict": "draw the targets of pictures",
     "export": "write a trained generator for other programs",
 }
+_EVERYWHERE = ("help", "h", "version")
 STRATEGIES = ("auto", "one_device")
 LAYOUTS = ("side_by_side", "folders", "list")
+
+FLAGS_OF = {
+    "train": ("config", "set", "data_dir", "model_dir", "strategy", "dry_run"),
+    "prepare": ("source", "layout", "output", "labels", "split_percent", "shard_mb", "processes", "skip_bad", "base_url"),
+    "check": ("data_dir", "thumbnails"),
+    "evaluate": ("model_dir", "data_dir", "split", "checkpoint", "inference"),
+    "predict": ("model_dir", "input", "output", "seed", "checkpoint", "inference"),
+    "export": ("model_dir", "output", "formats", "checkpoint", "inference"),
+}
 
 _TEXT: list[tuple[str, str | None, str]] = [
     ("config", None, "YAML file with settings"),
@@ -79,6 +89,9 @@ def parse(argv: Sequence[str]) -> tuple[str, flags.FlagValues]:
     command = words[0] if words else "train"
     if command not in COMMANDS or len(words) > 1:
         raise UserError(f"unknown command {' '.join(words)!r}; allowed: {', '.join(COMMANDS)} (`trainer --help`)")
+    foreign = [f"--{name}" for name in values if values[name].present and name not in (*FLAGS_OF[command], *_EVERYWHERE)]
+    if foreign:
+        raise UserError(f"trainer {command} takes no {', '.join(foreign)} (`trainer {command} --help` lists its flags)")
     return command, values
 
 

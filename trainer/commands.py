@@ -1,15 +1,17 @@
 """Each command: its flags -> one call. TensorFlow and the rooms that need it are loaded only when a command begins."""
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 
 from absl import flags
 
 from trainer.arguments import need
 from trainer.cluster import check_environment
 from trainer.config import SAMPLE_CONFIG, Config, load_config
-from trainer.errors import UserError
+from trainer.errors import StoppedError, UserError
 from trainer.runtime.progress import log_to_stderr
 from trainer.startup import load_tensorflow
 
@@ -67,9 +69,13 @@ def percentages(text: str) -> tuple[int, ...]:
         UserError: they are not three that make 100.
     """
     parts = text.split(",")
-    if len(parts) != 3 or not all(part.strip().isdigit() for part in parts) or sum(int(part) for part in parts) != 100:
+    if len(parts) != 3 or not all(part.isascii() and part.isdigit() for part in parts) or sum(int(part) for part in parts) != 100:
         raise UserError(f"--split_percent={text}: allowed: three whole numbers that make 100, such as 90,5,5")
     return tuple(int(part) for part in parts)
+
+
+def _stop(signum: int, frame: FrameType | None) -> None:
+    raise StoppedError(f"{signal.Signals(signum).name}: stopped; the same command goes on from the shards that are finished")
 
 
 def prepare(values: flags.FlagValues) -> str:
@@ -82,7 +88,8 @@ def prepare(values: flags.FlagValues) -> str:
     from trainer.data.prepare import prepare as run
     from trainer.data.published import PUBLISHED, fetch
 
-    options = Options(source, values.layout, Path(output), values.labels, percent, values.shard_mb * 10**6)
+    signal.signal(signal.SIGTERM, _stop)
+    options = Options(source, values.layout, Path(output).absolute(), values.labels, percent, values.shard_mb * 10**6)
     if source in PUBLISHED and not Path(source).exists():
         return fetch(source, options, values.base_url, values.processes, values.skip_bad)
     return run(options, values.processes, values.skip_bad)

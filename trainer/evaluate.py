@@ -75,7 +75,8 @@ def evaluate(run: TrainedRun, data_dir: str, split_name: str) -> str:
     evaluator = Evaluator(run.generator(any_size=False), data, run.config)
     scores = evaluator.per_image(split, lambda: False, multiscale=True)
     mode = run.config.model.inference
-    output = run.folder.path / "evaluation" / f"{split_name}-step-{run.marker.step:07d}-{mode}"
+    other = "" if data.manifest.digest() == run.folder.notes().get("data") else f"-{data.manifest.digest()[:8]}"
+    output = run.folder.path / "evaluation" / f"{split_name}-step-{run.marker.step:07d}-{mode}{other}"
     summaries = {name: summarise(values) for name, values in scores.items()}
     write_reports(output, run, data, split, scores, summaries)
     save_extremes(output / "extremes.png", evaluator, split, scores["l1"])

@@ -14,6 +14,7 @@ from trainer.model_card import model_card
 from trainer.runtime.files import replacing_folder, write_bytes
 from trainer.trained import TrainedRun
 
+EXPORT_MARK = ".trainer-export"
 FORMATS = ("saved_model", "keras")
 
 
@@ -121,6 +122,17 @@ def _stock_layer(layer: keras.layers.Layer, keys: tf.Tensor, model: ModelConfig)
     return copy
 
 
+def own_folder(output: Path) -> None:
+    """Refuse to write among somebody's files; what an earlier export wrote may be replaced.
+
+    Raises:
+        UserError: the folder is a file, or holds something else.
+    """
+    if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / EXPORT_MARK).is_file())):
+        raise UserError(f"--output={output}: is there and holds no export; choose another folder")
+    write_bytes(output / EXPORT_MARK, b"")
+
+
 def export(run: TrainedRun, output: Path, formats: list[str]) -> str:
     """Write the formats and README.md into the output folder; return what is where.
 
@@ -130,6 +142,7 @@ def export(run: TrainedRun, output: Path, formats: list[str]) -> str:
     unknown = [name for name in formats if name not in FORMATS]
     if unknown or not formats:
         raise UserError(f"--formats={','.join(formats)}: allowed: {', '.join(FORMATS)}, one or both")
+    own_folder(output)
     lines = []
     if "saved_model" in formats:
         with replacing_folder(output / "saved_model") as folder:

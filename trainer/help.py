@@ -1,8 +1,10 @@
 """`trainer --help`: what to type, every flag, every setting, every exit code; `trainer COMMAND --help`: one command."""
 
+from collections.abc import Sequence
+
 from absl import flags
 
-from trainer.arguments import COMMANDS
+from trainer.arguments import COMMANDS, FLAGS_OF
 from trainer.config import Config, field_info, leaves
 
 _EXAMPLES = {
@@ -58,8 +60,8 @@ _EXIT_CODES = """Exit codes:
   143  stopped by a signal; the last line says what was saved"""
 
 
-def _flag_lines(values: flags.FlagValues) -> list[str]:
-    return [f"  --{name:14} {str(values[name].help).splitlines()[0].rstrip(';')}" for name in values if len(name) > 1]
+def _flag_lines(values: flags.FlagValues, names: Sequence[str]) -> list[str]:
+    return [f"  --{name:14} {str(values[name].help).splitlines()[0].rstrip(';')}" for name in names]
 
 
 def _shown(value: object) -> str:
@@ -71,8 +73,8 @@ def _setting_lines() -> list[str]:
 
 
 def _of_command(values: flags.FlagValues, command: str) -> list[str]:
-    lines = [line for line in _flag_lines(values) if command in line.split(":")[0]]
-    return [f"trainer {command}: {COMMANDS[command]}", "", _EXAMPLES[command], *(["Flags:", *lines, ""] if lines else [])]
+    lines = _flag_lines(values, FLAGS_OF[command])
+    return [f"trainer {command}: {COMMANDS[command]}", "", _EXAMPLES[command], "Flags:", *lines, ""]
 
 
 def help_text(values: flags.FlagValues, command: str | None) -> str:
@@ -88,4 +90,13 @@ def help_text(values: flags.FlagValues, command: str | None) -> str:
         "",
     ]
     settings = ["", "Settings, in the YAML file or as --set key=value, with their defaults:", *_setting_lines(), ""]
-    return "\n".join([*head, _EXAMPLES["train"], "Flags:", *_flag_lines(values), *settings, _EXIT_CODES])
+    return "\n".join(
+        [
+            *head,
+            _EXAMPLES["train"],
+            "Flags:",
+            *_flag_lines(values, [name for name in values if len(name) > 1]),
+            *settings,
+            _EXIT_CODES,
+        ]
+    )

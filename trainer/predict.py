@@ -1,6 +1,7 @@
 """`trainer predict`: pictures of the input kind alone -> pictures of the target kind, of the same sizes and names."""
 
 import glob
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from trainer.data import images
 from trainer.data.images import Pixels
 from trainer.data.pairs import from_unit_range, to_unit_range
 from trainer.data.sources import pictures_below
+from trainer.data.split import plain
 from trainer.errors import DataError, UserError
 from trainer.model.generators import translate
 from trainer.runtime.files import write_bytes
@@ -83,8 +85,7 @@ def find_jobs(given: str) -> list[Job]:
     if path.is_dir():
         jobs = [Job(picture, picture.relative_to(path)) for picture in pictures_below(path)]
     elif path.suffix == ".txt" and path.is_file():
-        lines = path.read_text(encoding="utf-8").splitlines()
-        jobs = [Job(path.parent / line, Path(line)) for line in lines if line.strip()]
+        jobs = [Job(path.parent / line, Path(line)) for line in _lines(path)]
     elif path.is_file():
         jobs = [Job(path, Path(path.name))]
     else:
@@ -92,6 +93,22 @@ def find_jobs(given: str) -> list[Job]:
     if not jobs:
         raise DataError(f"--input={given}: no pictures there; allowed: a folder, a glob, a .txt list of paths, one picture")
     return _checked([Job(job.source, job.name.with_suffix(".png")) for job in jobs])
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+    except UnicodeDecodeError as error:
+        raise DataError(f"--input={path}: the list is not UTF-8 text") from error
+
+
+def _unsafe(name: Path) -> str | None:
+    """Why an output must not have this name."""
+    if name.is_absolute() or ".." in name.parts:
+        return "its output would be unsafe, outside of --output; name it relative, without `..`"
+    if any(unicodedata.category(character) in ("Cc", "Cs") for character in str(name)):
+        return "its output would be unsafe: a control character, or bytes that are not UTF-8, in the name; rename it"
+    return None
 
 
 def _globbed(given: str) -> list[Job]:
@@ -105,8 +122,8 @@ def _globbed(given: str) -> list[Job]:
 def _checked(jobs: Sequence[Job]) -> list[Job]:
     problems, seen = [], dict[Path, Path]()
     for job in jobs:
-        if job.name.is_absolute() or ".." in job.name.parts or any(not c.isprintable() for c in str(job.name)):
-            problems.append(f"{str(job.name)!r}: an output of this name would be unsafe; name it relative, without `..`")
+        if reason := _unsafe(job.name):
+            problems.append(f"{str(job.name)!r}: {reason}")
         elif job.name in seen:
             problems.append(f"{job.source}: its output would have the name of that of {seen[job.name]}")
         seen[job.name] = job.source
@@ -121,14 +138,29 @@ def predict(run: TrainedRun, given: str, output: Path, seed: int | None = None) 
     Raises:
         DataError: some pictures could not be read; each is named, the others are drawn.
     """
-    jobs = find_jobs(given)
     if output.exists() and not output.is_dir():
         raise UserError(f"--output={output}: is a file; give a folder")
+    jobs = outside(find_jobs(given), Path(given), output)
     predictor = Predictor(run, seed)
     problems = [line for line in counted((_draw_one(predictor, job, output) for job in jobs), len(jobs), "drawing") if line]
     if problems:
         raise DataError("\n".join([*problems, f"{len(problems)} of {len(jobs)} pictures could not be drawn"]))
     return f"{len(jobs)} pictures in {output}, drawn with step {run.marker.step} of {run.folder.path}"
+
+
+def outside(jobs: Sequence[Job], given: Path, output: Path) -> list[Job]:
+    """The jobs without what an earlier run drew into an output folder that lies inside the input folder.
+
+    Raises:
+        DataError: an output would replace the picture that it is drawn from.
+    """
+    replaced = [job for job in jobs if (output / job.name).resolve() == job.source.resolve()]
+    if replaced:
+        raise DataError(f"--output={output}: {replaced[0].source} would be replaced by its drawing; choose another folder")
+    drawn = output.resolve()
+    if not drawn.is_relative_to(given.resolve()):
+        return list(jobs)
+    return [job for job in jobs if not job.source.resolve().is_relative_to(drawn)]
 
 
 def _draw_one(predictor: Predictor, job: Job, output: Path) -> str | None:
@@ -138,5 +170,7 @@ def _draw_one(predictor: Predictor, job: Job, output: Path) -> str | None:
         drawn = predictor.draw(images.decode(encoded, images.inspect(encoded)))
     except (OSError, ValueError) as error:
         return f"{job.source}: {error.strerror if isinstance(error, OSError) else error}"
+    except tf.errors.OpError as error:
+        return f"{job.source}: could not be drawn, perhaps for lack of memory: {plain(error)}"
     write_bytes(output / job.name, images.encode_png(drawn))
     return None

@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from tests.conftest import small_config
 from trainer.data import order, records
-from trainer.data.pipeline import PairData
+from trainer.data.pipeline import PairData, elements
 from trainer.data.sample import SAMPLE_FOLDER, ensure_sample
 from trainer.errors import DataError
 
@@ -73,7 +73,7 @@ def test_evaluation_keeps_the_stored_order_and_the_last_few(small_data: PairData
 
 def test_batch_larger_than_the_data_is_refused(sample_folder: Path) -> None:
     with pytest.raises(DataError, match=r"train\.batch_size: got 41, allowed: up to the 40 training pairs"):
-        PairData(sample_folder, small_config("train.batch_size=41"))
+        PairData(sample_folder, small_config("train.batch_size=41")).check_training()
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_flipped_byte_names_shard_and_record(own_copy: Path) -> None:
     error = data.train.find_damage(range(40))
     assert str(error).startswith(f"{path}, record {index}: the record's checksum does not match")
     with pytest.raises(tf.errors.OpError):
-        list(data.training_batches(0, 40))
+        list(elements(data.training_batches(0, 40)))
 
 
 def test_undecodable_image_names_shard_and_record(own_copy: Path) -> None:

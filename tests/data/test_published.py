@@ -13,7 +13,7 @@ from tests.pictures import write_pairs
 from trainer.data import published, records
 from trainer.data.prepare import Options
 from trainer.data.published import fetch, sha256, unpack
-from trainer.errors import DataError, TrainerError
+from trainer.errors import DataError, TrainerError, UserError
 
 
 class Server(ThreadingHTTPServer):
@@ -184,3 +184,22 @@ def test_archive_bombs_are_refused(limit: str, archive: bytes, tmp_path: Path, m
     (tmp_path / "x.tar.gz").write_bytes(archive)
     with pytest.raises(DataError, match="not unpacked"):
         unpack(tmp_path / "x.tar.gz", tmp_path / "unpacked")
+
+
+def test_an_archive_that_came_damaged_is_not_believed_and_comes_again(server: Server, archive: bytes, tmp_path: Path) -> None:
+    spoilt = bytearray(archive)
+    for place in range(len(archive) // 2, len(archive) // 2 + 40):
+        spoilt[place] ^= 0xFF
+    server.content = bytes(spoilt)
+    with pytest.raises(TrainerError, match="came damaged"):
+        fetch("facades", options(tmp_path), server.url, 1, False)
+    server.content = archive
+    fetch("facades", options(tmp_path), server.url, 1, False)
+    assert records.read_manifest(tmp_path / "data").examples("train") == 12
+
+
+def test_another_set_in_the_output_is_not_taken_for_this_one(server: Server, tmp_path: Path) -> None:
+    fetch("facades", options(tmp_path), server.url, 1, False)
+    assert "is prepared already" in fetch("facades", options(tmp_path), server.url, 1, False)
+    with pytest.raises(UserError, match="holds another data set, facades"):
+        fetch("maps", options(tmp_path), server.url, 1, False)

@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -100,3 +101,43 @@ def test_a_list_of_two_layouts_is_refused(tmp_path: Path) -> None:
 def test_missing_source_is_one_line(source: str, layout: str) -> None:
     with pytest.raises(DataError, match=r"^[^\n]*nope[^\n]*$"):
         list_pairs(source, layout, ALL)
+
+
+@pytest.mark.parametrize("header", ["input, target", "input ,target"])
+def test_spaces_in_a_header_lose_no_column(header: str, tmp_path: Path) -> None:
+    touch(tmp_path, "1.png", "2.png")
+    (tmp_path / "l.csv").write_text(f"{header}\n1.png, 2.png\n")
+    (pair,) = list_pairs(str(tmp_path / "l.csv"), "list", ALL).pairs
+    assert pair.target == tmp_path / "2.png"
+
+
+def test_unknown_columns_are_refused(tmp_path: Path) -> None:
+    touch(tmp_path, "1.png", "2.png")
+    (tmp_path / "l.csv").write_text("input,output\n1.png,2.png\n")
+    (problem,) = list_pairs(str(tmp_path / "l.csv"), "list", ALL).problems
+    assert problem.endswith("row 2: unknown column output; allowed: input, target, split, key")
+
+
+def test_linked_folders_are_followed_once(tmp_path: Path) -> None:
+    touch(tmp_path, "elsewhere/a.png", "set/val/b.png")
+    (tmp_path / "set" / "train").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set" / "val" / "loop").symlink_to(tmp_path / "set")
+    pairs = list_pairs(f"{tmp_path}/set", "side_by_side", ALL).pairs
+    assert sorted((pair.split, pair.input.name) for pair in pairs) == [("train", "a.png"), ("val", "b.png")]
+
+
+@pytest.mark.parametrize(
+    "text", ['{"input": "\\ud800.png"}', "[" * 100_000, '{"input": ' + "9" * 6000 + "}", '{"input": "' + "x" * 400 + '.png"}']
+)
+def test_rows_of_rubbish_are_problems_not_tracebacks(text: str, tmp_path: Path) -> None:
+    (tmp_path / "l.jsonl").write_text(text + "\n")
+    listing = list_pairs(str(tmp_path / "l.jsonl"), "list", ALL)
+    assert (listing.pairs, len(listing.problems)) == ([], 1)
+
+
+def test_names_that_are_not_utf_8_are_named(tmp_path: Path) -> None:
+    os.close(os.open(os.fsencode(tmp_path) + b"/b\xff.png", os.O_CREAT))
+    listing = list_pairs(str(tmp_path), "side_by_side", ALL)
+    assert listing.pairs == []
+    assert "is not UTF-8 text; rename it" in listing.problems[0]
+    listing.problems[0].encode()

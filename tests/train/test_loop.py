@@ -208,8 +208,6 @@ def test_divergence_ends_with_3_keeps_the_last_good_and_is_not_replayed(tmp_path
     assert again.returncode == 3
     assert time.monotonic() - began < 10
     assert last in again.stderr
-    mended = run_trainer(*arguments(tmp_path / "other", "train.steps=3"))
-    assert mended.returncode == 0, mended.stderr
 
 
 def test_damaged_record_ends_with_2_and_names_shard_and_record(sample_folder: Path, tmp_path: Path) -> None:
@@ -280,14 +278,14 @@ def test_stopped_where_something_is_due_it_is_done_once_after_the_resume(tmp_pat
 DIES_AT_A_WRITE = """
 import os, sys
 from trainer.runtime import files
-whole, count = files.sync_file, 0
+whole, count = files.sync, 0
 def counting(path):
     global count
     count += 1
     if count == int(os.environ["DIE_AT"]):
         os._exit(9)
     whole(path)
-files.sync_file = counting
+files.sync = counting
 from trainer.__main__ import main
 main()
 """
@@ -306,7 +304,7 @@ def test_dead_at_any_write_it_ends_with_the_same_bits(tmp_path: Path) -> None:
     whole, program = tmp_path / "whole", tmp_path / "program.py"
     program.write_text(DIES_AT_A_WRITE)
     assert run_trainer(*arguments(whole, *settings)).returncode == 0
-    for die_at in range(3, 40, 3):
+    for die_at in range(3, 60, 4):
         folder = tmp_path / f"run-{die_at}"
         command = [sys.executable, str(program), *arguments(folder, *settings)]
         died = subprocess.run(command, env=dict(os.environ) | {"DIE_AT": str(die_at)}, capture_output=True, check=False)

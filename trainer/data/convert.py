@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import google_crc32c
 import tensorflow as tf
 
 from trainer.data import images
@@ -13,11 +14,12 @@ from trainer.data.sources import PairFile
 
 @dataclass(frozen=True, slots=True)
 class Headers:
-    """What the headers of a pair's files say; or the problem, with its file."""
+    """What the headers of a pair's files say; or the problem, with its file; and the CRC-32C of what was read."""
 
     pair: PairFile
     infos: list[ImageInfo]
     problem: str | None = None
+    checksums: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +51,15 @@ def read_headers(pairs: Sequence[PairFile]) -> list[Headers]:
 
 def _headers(pair: PairFile) -> Headers:
     infos: list[ImageInfo] = []
+    checksums: list[str] = []
     for path in pair.paths:
         try:
-            infos.append(images.inspect(_read(path)))
+            encoded = _read(path)
+            checksums.append(f"{google_crc32c.value(encoded):08x}")
+            infos.append(images.inspect(encoded))
         except ValueError as error:
-            return Headers(pair, [], f"{path}: {error}")
-    return Headers(pair, infos, _mismatch(pair, infos))
+            return Headers(pair, [], f"{path}: {error}", tuple(checksums))
+    return Headers(pair, infos, _mismatch(pair, infos), tuple(checksums))
 
 
 def _mismatch(pair: PairFile, infos: list[ImageInfo]) -> str | None:

@@ -5,6 +5,7 @@ So headers are read with Pillow (TIFF with tifffile where it has 16 bits), and p
 """
 
 import io
+import struct
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,17 @@ MAX_PIXELS = 100_000_000
 ORIENTATION_TAG = 0x0112
 _CHANNELS = {"1": 1, "L": 1, "P": 3, "LA": 4, "RGB": 3, "RGBA": 4, "CMYK": 3, "YCbCr": 3}
 _FORMATS = {"JPEG": "jpeg", "MPO": "jpeg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "TIFF": "tiff"}
+
+# What Pillow and tifffile raise on damaged bytes; both are fuzzed in tests/test_hostile.py.
+_READER_ERRORS = (
+    ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError, SyntaxError,
+    TypeError, ValueError, struct.error,
+)  # fmt: skip
+
+
+class PictureError(ValueError):
+    """A picture that is not read here; the message says why."""
+
 
 Pixels = NDArray[Any]  # uint8 or uint16, (height, width, channels)
 
@@ -50,7 +62,7 @@ def inspect(encoded: bytes) -> ImageInfo:
     """Read a picture's header.
 
     Raises:
-        ValueError: it is not a picture that we read; says why.
+        PictureError: it is not a picture that we read; says why.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -58,11 +70,13 @@ def inspect(encoded: bytes) -> ImageInfo:
             with Image.open(io.BytesIO(encoded)) as image:
                 return _describe(image, encoded)
         except UnidentifiedImageError as error:
-            raise ValueError(_unidentified(encoded)) from error
+            raise PictureError(_unidentified(encoded)) from error
         except Image.DecompressionBombError as error:
-            raise ValueError(f"more than {MAX_PIXELS:,} pixels; make it smaller or cut it into tiles") from error
-        except (OSError, SyntaxError, EOFError, KeyError, TypeError, OverflowError, IndexError) as error:
-            raise ValueError(f"its header is damaged ({error})") from error
+            raise PictureError(f"more than {MAX_PIXELS:,} pixels; make it smaller or cut it into tiles") from error
+        except PictureError:
+            raise
+        except _READER_ERRORS as error:
+            raise PictureError(f"its header is damaged ({error})") from error
 
 
 def _unidentified(encoded: bytes) -> str:
@@ -72,12 +86,12 @@ def _unidentified(encoded: bytes) -> str:
 def _describe(image: Image.Image, encoded: bytes) -> ImageInfo:
     name = _FORMATS.get(image.format or "")
     if name is None:
-        raise ValueError(f"{image.format} is not read here; convert it to PNG")
+        raise PictureError(f"{image.format} is not read here; convert it to PNG")
     width, height = image.size
     if width * height > MAX_PIXELS:
-        raise ValueError(f"{width}x{height} is more than {MAX_PIXELS:,} pixels; make it smaller or cut it into tiles")
+        raise PictureError(f"{width}x{height} is more than {MAX_PIXELS:,} pixels; make it smaller or cut it into tiles")
     if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
-        raise ValueError(f"it has {image.n_frames} frames or pages; extract one")  # type: ignore[attr-defined]
+        raise PictureError(f"it has {image.n_frames} frames or pages; extract one")  # type: ignore[attr-defined]
     channels, bits = _channels_and_bits(image, name, encoded)
     orientation = int(image.getexif().get(ORIENTATION_TAG, 1) or 1)
     if orientation > 4 and name != "tiff":  # of a TIFF, Pillow gives the size as a viewer shows it
@@ -95,7 +109,7 @@ def _channels_and_bits(image: Image.Image, name: str, encoded: bytes) -> tuple[i
                 return _tiff_channels(int(page.samplesperpixel)), 16
     channels = _CHANNELS.get(image.mode)
     if channels is None:
-        raise ValueError(f"its pixels are of kind {image.mode}; 8 and 16 bits, grey, colour and colour with alpha are read")
+        raise PictureError(f"its pixels are of kind {image.mode}; 8 and 16 bits, grey, colour and colour with alpha are read")
     if image.mode == "P" and "transparency" in image.info:
         channels = 4
     return channels, 8
@@ -103,7 +117,7 @@ def _channels_and_bits(image: Image.Image, name: str, encoded: bytes) -> tuple[i
 
 def _tiff_channels(samples: int) -> int:
     if samples not in (1, 3, 4):
-        raise ValueError(f"it has {samples} channels; 1, 3 and 4 are read")
+        raise PictureError(f"it has {samples} channels; 1, 3 and 4 are read")
     return samples
 
 
@@ -125,7 +139,7 @@ def decode(encoded: bytes, info: ImageInfo) -> Pixels:
         pixels = _decode(encoded, info)
     except tf.errors.OpError as error:
         raise ValueError("its pixels cannot be decoded: it is cut short or damaged") from error
-    except (OSError, SyntaxError, EOFError, ValueError, KeyError, IndexError, RuntimeError) as error:
+    except _READER_ERRORS as error:
         raise ValueError(f"its pixels cannot be decoded ({error})") from error
     turned_by_pillow = info.format == "tiff" and info.bit_depth == 8
     return pixels if turned_by_pillow else upright(pixels, info.orientation)

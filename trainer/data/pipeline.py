@@ -44,7 +44,6 @@ class PairData:
             records.check_shard_sizes(folder, shards)
         self._splits: dict[str, Split] = {}
         self.train = self.split("train")
-        self._check_counts()
 
     @classmethod
     def without_config(cls, folder: Path) -> "PairData":
@@ -52,7 +51,12 @@ class PairData:
         settings = {"dir": str(folder), "image_size": (128, 128)}
         return cls(folder, Config.model_validate({"data": settings}))
 
-    def _check_counts(self) -> None:
+    def check_training(self) -> "PairData":
+        """The data set itself, if it can be trained on.
+
+        Raises:
+            DataError: there are no training pairs, or fewer than a batch.
+        """
         batch = self._config.train.batch_size
         if self.train.examples == 0:
             raise DataError(f"{self.folder}: no pairs in the split 'train'; it has {', '.join(self.manifest.splits) or 'none'}")
@@ -60,6 +64,7 @@ class PairData:
             raise DataError(
                 f"{self.folder}: train.batch_size: got {batch}, allowed: up to the {self.train.examples} training pairs"
             )
+        return self
 
     def split(self, name: str) -> Split:
         """A split by name; one that the data set does not have is empty."""
@@ -157,6 +162,24 @@ class PairData:
             if damage is None:
                 raise
             raise damage from error
+
+
+_ABANDONED: list[Iterator[dict[str, tf.Tensor]]] = []
+
+
+def elements(dataset: tf.data.Dataset) -> Iterator[dict[str, tf.Tensor]]:
+    """Iterate over a data set; one that is left before its end is kept, not freed.
+
+    TensorFlow frees an iterator by waiting for its threads, and they may be waiting for the interpreter lock that the caller
+    holds. A run leaves a pipeline early only when it ends, so what is kept is little.
+    """
+    iterator, finished = iter(dataset), False
+    try:
+        yield from iterator
+        finished = True
+    finally:
+        if not finished:
+            _ABANDONED.append(iterator)
 
 
 def _decoders() -> int:

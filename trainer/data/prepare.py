@@ -23,6 +23,7 @@ from trainer.data.sources import SPLITS, Listing, list_pairs
 from trainer.data.workers import Workers
 from trainer.errors import DataError, UserError
 
+PARTIAL_MARK = ".trainer-prepare"
 LABEL_SIDES = {"none": (), "input": ("input",), "target": ("target",), "both": ("input", "target")}
 
 
@@ -74,11 +75,11 @@ def prepare(options: Options, processes: int = 0, skip_bad: bool = False) -> str
     listing = list_pairs(options.source, options.layout, options.percent)
     if not listing.pairs and not listing.problems:
         raise DataError(f"--source={options.source}: no pictures (PNG, JPEG, WebP, BMP, TIFF) of layout {options.layout} in it")
-    made_from = digest(listing, options, skip_bad)
-    if is_prepared(options.output, made_from):
-        return f"{options.output} is prepared already, from the same pictures and flags"
     with Workers(processes) as workers:
         headers = list(counted(workers.map(read_headers, listing.pairs), len(listing.pairs), "headers"))
+        made_from = digest(headers, options, skip_bad)
+        if is_prepared(options.output, made_from):
+            return f"{options.output} is prepared already, from the same pictures and flags"
         sound, problems = judge(headers, listing)
         if problems and not skip_bad:
             problems += look_for_damage(workers, sound)
@@ -86,10 +87,10 @@ def prepare(options: Options, processes: int = 0, skip_bad: bool = False) -> str
         return write(workers, sound, problems, options, made_from, skip_bad)
 
 
-def digest(listing: Listing, options: Options, skip_bad: bool) -> str:
-    """Of the pictures' names and sizes and the flags that change the result: the same for a copy of the pictures."""
-    pairs = [[pair.key, pair.split, *((path.name, _size(path)) for path in pair.paths)] for pair in listing.pairs]
-    flags = [options.labels, options.shard_bytes, skip_bad, options.name, options.origin, options.licence]
+def digest(headers: Sequence[Headers], options: Options, skip_bad: bool) -> str:
+    """Of the pictures' contents and the flags that change the result: the same for a copy of the pictures."""
+    pairs = [[item.pair.key, item.pair.split, [path.suffix for path in item.pair.paths], item.checksums] for item in headers]
+    flags = [options.layout, options.labels, options.shard_bytes, skip_bad, options.name, options.origin, options.licence]
     return hashlib.sha256(json.dumps([pairs, flags]).encode()).hexdigest()
 
 
@@ -178,7 +179,7 @@ def write(workers: Workers, sound: list[Headers], problems: list[str], options: 
         DataError: a picture is damaged behind its header and --skip_bad is not given.
     """
     partial = options.output.with_name(options.output.name + ".partial")
-    partial.mkdir(parents=True, exist_ok=True)
+    own_partial(partial)
     planned = plan_shards(sound, options.shard_bytes)
     done = [finished_shard(partial, shard, made_from) for shard in planned]
     todo = [item for shard, entry in zip(planned, done, strict=True) if not entry for item in shard.headers]
@@ -194,6 +195,20 @@ def write(workers: Workers, sound: list[Headers], problems: list[str], options: 
     manifest = describe(sound, splits, problems, options, made_from)
     publish(partial, manifest, options.output)
     return closing(manifest, options.output)
+
+
+def own_partial(partial: Path) -> None:
+    """Make the folder for what is not finished, or find the one that an interrupted run left.
+
+    Raises:
+        UserError: a folder of this name is somebody else's.
+    """
+    if partial.exists() and not (partial / PARTIAL_MARK).is_file():
+        raise UserError(
+            f"{partial}: is in the way, and not from an interrupted `trainer prepare`; move it or choose another --output"
+        )
+    partial.mkdir(parents=True, exist_ok=True)
+    (partial / PARTIAL_MARK).touch()
 
 
 def write_one(partial: Path, shard: PlannedShard, results: Iterator[Converted], made_from: str) -> tuple[Shard, list[str]]:

@@ -1,11 +1,13 @@
 """The published data sets by name: downloaded with resume, checked against a kept checksum, unpacked safely, prepared."""
 
+import gzip
 import hashlib
 import logging
 import shutil
 import tarfile
 import time
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,8 @@ import urllib3
 from tqdm import tqdm
 
 from trainer.data.prepare import Options, is_there, prepare
-from trainer.errors import DataError, TrainerError
+from trainer.data.records import read_manifest
+from trainer.errors import DataError, TrainerError, UserError
 
 log = logging.getLogger(__name__)
 BASE_URL = "http://efrosgans.eecs.berkeley.edu/pix2pix/datasets/"
@@ -51,9 +54,12 @@ def fetch(name: str, options: Options, base_url: str | None, processes: int, ski
         DataError: the archive is not what it was, or not what it should be.
         TrainerError: the server could not be reached.
     """
-    if is_there(options.output):
-        return f"{options.output} is prepared already"
     url = f"{(base_url or BASE_URL).rstrip('/')}/{name}.tar.gz"
+    if is_there(options.output):
+        manifest = read_manifest(options.output)
+        if (manifest.name, manifest.source) != (name, url):
+            raise UserError(f"--output={options.output}: holds another data set, {manifest.name}; choose another or remove it")
+        return f"{options.output} is prepared already"
     work = options.output.with_name(options.output.name + ".download")
     work.mkdir(parents=True, exist_ok=True)
     archive = download(url, work / f"{name}.tar.gz")
@@ -76,10 +82,31 @@ def download(url: str, path: Path) -> Path:
     kept = path.with_name(path.name + ".sha256")
     if not path.is_file():
         _download(url, path)
-        kept.write_text(f"{sha256(path)}  {path.name}\n")
-    if kept.is_file() and kept.read_text().split()[0] != sha256(path):
+    digest = sha256(path)
+    words = kept.read_text().split() if kept.is_file() else []
+    if not words:
+        _need_whole_gzip(path)
+        kept.write_text(f"{digest}  {path.name}\n")
+    elif words[0] != digest:
         raise DataError(f"{path}: does not match the checksum kept in {kept.name}; remove both to download it again")
     return path
+
+
+def _need_whole_gzip(path: Path) -> None:
+    """Read an archive to its end, where its own checksum stands; one that is not whole is removed.
+
+    Raises:
+        TrainerError: it is not whole; it can be downloaded again.
+    """
+    try:
+        with gzip.open(path) as archive:
+            while archive.read(BLOCK):
+                pass
+    except (OSError, EOFError, zlib.error) as error:
+        path.unlink()
+        raise TrainerError(
+            f"{path}: came damaged, or is no .tar.gz ({error}); it was removed, start the command again"
+        ) from error
 
 
 def _download(url: str, path: Path) -> None:
@@ -113,22 +140,24 @@ def _append(url: str, part: Path) -> bool:
         if 400 <= reply.status_code < 500:
             raise DataError(f"{url}: the server says {reply.status_code} {reply.reason}; --base_url names a mirror")
         reply.raise_for_status()
-        resumed = reply.status_code == requests.codes.partial_content
+        begins = reply.headers.get("Content-Range", f"bytes {have}-").startswith(f"bytes {have}-")
+        resumed = reply.status_code == requests.codes.partial_content and begins
         have = have if resumed else 0
         total = have + int(reply.headers["Content-Length"]) if "Content-Length" in reply.headers else None
         with part.open("ab" if resumed else "wb") as file, _bar(part.name, have, total) as bar:
-            for block in _blocks(reply):
-                bar.update(file.write(block))
-    return total is None or _size(part) == total
+            whole = _receive(reply, lambda block: bar.update(file.write(block)))
+    return whole and (total is None or _size(part) == total)
 
 
-def _blocks(reply: requests.Response) -> Iterator[bytes]:
-    """The body as far as it comes: what was received before a drop is kept."""
+def _receive(reply: requests.Response, take: Callable[[bytes], object]) -> bool:
+    """Hand on the body as far as it comes, so that what came before a drop is kept; whether it came to its end."""
     try:
         while block := reply.raw.read1(BLOCK):
-            yield block
+            take(block)
     except urllib3.exceptions.HTTPError as error:
         log.info("%s after a part of the body", type(error).__name__)
+        return False
+    return True
 
 
 def _bar(name: str, have: int, total: int | None) -> Any:

@@ -161,7 +161,7 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST_NAME
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such data folder; give a prepared one with --data_dir, or leave it out for the sample")
+        raise DataError(f"{folder}: no such data folder; --data_dir names a prepared data set")
     try:
         return Manifest.model_validate_json(path.read_bytes())
     except FileNotFoundError as error:

@@ -2,7 +2,9 @@
 
 import csv
 import hashlib
+import io
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,7 @@ from trainer.errors import DataError
 
 SPLITS = ("train", "val", "test")
 _SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+_COLUMNS = ("input", "target", "split", "key")
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 
 
@@ -46,14 +49,21 @@ class Listing:
 
 def split_of(key: str, percent: Sequence[int]) -> str:
     """train, val or test by a hash of the key alone: adding pairs later moves none of the others."""
-    place = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") * 100 >> 64
+    place = int.from_bytes(hashlib.sha256(key.encode(errors="surrogatepass")).digest()[:8], "big") * 100 >> 64
     return "train" if place < percent[0] else "val" if place < percent[0] + percent[1] else "test"
 
 
 def pictures_below(folder: Path) -> list[Path]:
-    """All picture files below a folder, sorted; hidden ones are passed over."""
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
-    return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+    """All picture files below a folder, sorted; links to folders are followed once, hidden ones are passed over."""
+    found: list[Path] = []
+    seen: set[str] = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        folders[:] = [] if real in seen else [name for name in folders if not name.startswith(".")]
+        if real not in seen:
+            found += [Path(place) / name for name in names if not name.startswith(".")]
+        seen.add(real)
+    return sorted(path for path in found if path.suffix.lower() in _SUFFIXES)
 
 
 def _need_folder(folder: Path) -> None:
@@ -62,18 +72,25 @@ def _need_folder(folder: Path) -> None:
 
 
 def _place(path: Path, folder: Path, percent: Sequence[int]) -> tuple[str, str]:
-    """Key and split of a picture: a first folder named train, val or test is the split and no part of the key."""
+    """Key and split of a picture: a first folder named train, val or test is the split."""
     parts = path.relative_to(folder).with_suffix("").parts
     split = _SPLIT_NAMES.get(parts[0].lower()) if len(parts) > 1 else None
     key = "/".join(parts)
     return key, split or split_of(key, percent)
 
 
+def _is_text(key: str) -> bool:
+    """Whether a key can be stored: a file name of other bytes than UTF-8 comes to Python as lone surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in key)
+
+
 def _without_repeats(pairs: Iterable[PairFile]) -> Listing:
     seen: dict[str, PairFile] = {}
     problems = []
     for pair in sorted(pairs, key=lambda pair: (pair.key, pair.input)):
-        if pair.key in seen:
+        if not _is_text(pair.key):
+            problems.append(f"{str(pair.input)!r}: its name or key is not UTF-8 text; rename it")
+        elif pair.key in seen:
             problems.append(f"{pair.input}: has the same name as {seen[pair.key].input}")
         else:
             seen[pair.key] = pair
@@ -113,11 +130,18 @@ def read_list(path: Path, percent: Sequence[int]) -> Listing:
         except ValueError as error:
             problems.append(f"{path}, row {number}: {error}")
     listing = _without_repeats(pairs)
-    missing = [f"{file}: is in {path} and not on disk" for pair in listing.pairs for file in pair.paths if not file.is_file()]
-    present = [pair for pair in listing.pairs if all(file.is_file() for file in pair.paths)]
+    missing = [f"{file}: is in {path} and not on disk" for pair in listing.pairs for file in pair.paths if not _is_file(file)]
+    present = [pair for pair in listing.pairs if all(_is_file(file) for file in pair.paths)]
     if len({pair.target is None for pair in present}) > 1:
         raise DataError(f"{path}: some rows have a target and some have none; a data set has one layout")
     return Listing(present, problems + listing.problems + missing)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 def _rows(path: Path) -> list[tuple[int, object]]:
@@ -127,20 +151,27 @@ def _rows(path: Path) -> list[tuple[int, object]]:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise DataError(f"{path}: cannot read the list: {reason}") from error
     if path.suffix.lower() == ".csv":
-        return list(enumerate(csv.DictReader(text.splitlines()), 2))
-    return [(number, _json(line)) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+        try:
+            rows = list(csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True))
+        except csv.Error as error:
+            raise DataError(f"{path}: is not a CSV that can be read: {error}") from error
+        return [(number, {str(name).strip(): value for name, value in row.items()}) for number, row in enumerate(rows, 2)]
+    return [(number, _json(line)) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
 def _json(line: str) -> object:
     try:
         return json.loads(line)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return None
 
 
 def _pair_of_row(row: object, folder: Path, percent: Sequence[int]) -> PairFile:
     if not isinstance(row, dict) or not isinstance(row.get("input"), str) or not row["input"]:
         raise ValueError('allowed: {"input": "a.png", "target": "b.png"}, or a CSV whose header names input and target')
+    unknown = sorted(str(name) for name in row if name not in _COLUMNS)
+    if unknown:
+        raise ValueError(f"unknown column {', '.join(unknown)}; allowed: {', '.join(_COLUMNS)}")
     target, split, key = row.get("target") or None, row.get("split") or None, row.get("key") or row["input"]
     if not all(isinstance(value, str | None) for value in (target, split, key)):
         raise ValueError("target, split and key must be text")

@@ -1,8 +1,10 @@
 """Work spread over processes, with results in the order of the items and a bounded number of them in memory."""
 
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -20,9 +22,18 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+def _leave_with_the_parent() -> None:
+    """A parent that was killed cannot end its workers: they end themselves."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+
 def _start() -> None:
     """Ctrl-C is the parent's to handle; each process decodes one picture at a time."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_leave_with_the_parent, daemon=True).start()
     load_tensorflow()
     from trainer.data.convert import limit_threads
 
@@ -34,11 +45,14 @@ class Workers:
 
     def __init__(self, processes: int) -> None:
         self._processes = processes or len(os.sched_getaffinity(0))
-        self._pool = self._start_pool() if self._processes > 1 else None
+        self._pool: ProcessPoolExecutor | None = None
 
-    def _start_pool(self) -> ProcessPoolExecutor:
-        context = multiprocessing.get_context("spawn")
-        return ProcessPoolExecutor(self._processes, mp_context=context, initializer=_start)
+    def _started(self) -> ProcessPoolExecutor:
+        """The processes, started at the first work that is worth them: each loads TensorFlow."""
+        if self._pool is None:
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(self._processes, mp_context=context, initializer=_start)
+        return self._pool
 
     def __enter__(self) -> "Workers":
         return self
@@ -54,11 +68,11 @@ class Workers:
             TrainerError: a process died.
         """
         chunks = (items[start : start + CHUNK] for start in range(0, len(items), CHUNK))
-        if self._pool is None:
+        if self._processes == 1 or len(items) <= CHUNK:
             for chunk in chunks:
                 yield from function(chunk)
             return
-        yield from self._spread(self._pool, function, chunks)
+        yield from self._spread(self._started(), function, chunks)
 
     def _spread(
         self, pool: ProcessPoolExecutor, function: Callable[[Sequence[Item]], list[Result]], chunks: Iterator[Sequence[Item]]

@@ -120,7 +120,7 @@ class Checkpoints:
         state.write(str(self.folder / prefix))
         written = sorted(self.folder.glob(f"{prefix}.*"))
         for path in written:
-            files.sync_file(path)
+            files.sync(path)
         stated = {path.name: (path.stat().st_size, _checksum(path)) for path in written}
         marker = Marker(step, pending, prefix, stated)
         files.write_text(self._marker_path(step), json.dumps(marker.__dict__, indent=1) + "\n")

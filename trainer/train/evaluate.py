@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from trainer.config import Config
 from trainer.data.pairs import from_unit_range, maximum
-from trainer.data.pipeline import PairData
+from trainer.data.pipeline import PairData, elements
 from trainer.data.split import Split
 from trainer.model.generators import translate
 
@@ -89,7 +89,7 @@ class Evaluator:
         columns: dict[str, list[NDArray[np.float32]]] = {}
         scores = self._scorer(multiscale=True) if multiscale else self._scores
         with self._data.naming_damage(split, lambda: range(split.examples)):
-            for batch in self._data.evaluation_batches(split, EVALUATION_BATCH):
+            for batch in elements(self._data.evaluation_batches(split, EVALUATION_BATCH)):
                 if interrupted():
                     raise InterruptedEvaluation
                 for name, values in scores(batch["input"], batch["target"]).items():

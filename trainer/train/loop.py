@@ -52,10 +52,10 @@ def train(config: Config, model_dir: Path) -> str:
     """
     threads = devices.configure_threads(config.runtime)
     strategy = devices.one_device()
-    given = PairData(Path(config.data.dir), config) if config.data.dir else None
+    given = PairData(Path(config.data.dir), config).check_training() if config.data.dir else None
     folder = RunFolder(model_dir).claim()
     folder.check_config(config)
-    data = given or PairData(ensure_sample(folder.sample_data), config)
+    data = given or PairData(ensure_sample(folder.sample_data), config).check_training()
     mark = fingerprint(config, data.folder)
     folder.check_failure(mark)
     newest = Checkpoints(folder.checkpoints, config.train.keep).newest_whole()

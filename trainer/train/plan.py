@@ -101,4 +101,4 @@ def dry_run(config: Config, model_dir: Path) -> str:
         DataError: the data set is missing or wrong.
     """
     with prepared_folder(config.data.dir) as folder:
-        return describe(config, PairData(folder, config)) + "\n" + describe_run(RunFolder(model_dir), config)
+        return describe(config, PairData(folder, config).check_training()) + "\n" + describe_run(RunFolder(model_dir), config)
