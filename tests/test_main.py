@@ -129,3 +129,11 @@ def test_help_of_a_command_lists_its_flags_and_no_others() -> None:
 def test_a_flag_of_another_command_is_refused() -> None:
     with pytest.raises(UserError, match="trainer evaluate takes no --seed"):
         parse(["trainer", "evaluate", "--model_dir=x", "--seed=3"])
+
+
+def test_a_reader_that_goes_away_is_no_traceback() -> None:
+    """As in `trainer --help | head -1`, with so much output that the pipe is full."""
+    command = f"{sys.executable} -m trainer --help | head -1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("trainer [COMMAND]")
+    assert "Traceback" not in done.stderr

@@ -22,42 +22,39 @@ def run(argv: Sequence[str]) -> str:
     return COMMANDS[command](values)
 
 
+_LAST: list[BaseException] = []
+
+
+def _tell(error: BaseException, *lines: str) -> None:
+    """Print why it failed; hold the failure, and through its traceback the input pipeline, until the process is gone."""
+    _LAST.append(error)
+    for line in lines:
+        print(f"trainer: {line}", file=sys.stderr, flush=True)
+
+
+def told(argv: Sequence[str]) -> int:
+    """Run, print the closing lines or what went wrong, and return the exit code."""
+    try:
+        print(run(argv), flush=True)
+    except TrainerError as error:
+        _tell(error, *str(error).splitlines())
+        return error.exit_code
+    except KeyboardInterrupt as error:
+        _tell(error, "SIGINT: stopped; no training was under way, so nothing is lost")
+        return ExitCode.STOPPED
+    except OSError as error:
+        _tell(error, f"{error.filename or 'input or output'}: {error.strerror or error}")
+        return ExitCode.UNEXPECTED
+    return ExitCode.DONE
+
+
 def main() -> NoReturn:
     """The console script: run, print, and leave with a code from the table in errors.py.
 
     It leaves without the interpreter's own end: that frees input pipelines while their threads wait for the interpreter, and
     neither can go on.
     """
-    code = told(sys.argv)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def told(argv: Sequence[str]) -> int:
-    """Run, print the closing lines or what went wrong, and return the exit code."""
-    try:
-        print(run(argv))
-    except TrainerError as error:
-        print("".join(f"trainer: {line}\n" for line in str(error).splitlines()), end="", file=sys.stderr)
-        _keep(error)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("trainer: SIGINT: stopped; no training was under way, so nothing is lost", file=sys.stderr)
-        return ExitCode.STOPPED
-    except OSError as error:
-        print(f"trainer: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
-        _keep(error)
-        return ExitCode.UNEXPECTED
-    return ExitCode.DONE
-
-
-_LAST: list[Exception] = []
-
-
-def _keep(error: Exception) -> None:
-    """Hold the failure, and through its traceback the input pipeline, until the process is gone (see `main`)."""
-    _LAST.append(error)
+    os._exit(told(sys.argv))
 
 
 if __name__ == "__main__":
