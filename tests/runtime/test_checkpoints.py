@@ -136,3 +136,14 @@ def test_what_a_killed_save_left_is_removed(saved: tuple[Checkpoints, tf.Variabl
     (checkpoints.folder / "step-00000040-1.index").write_bytes(b"half")
     checkpoints.clean()
     assert list(checkpoints.folder.glob("step-00000040*")) == []
+
+
+def test_a_marker_that_a_running_job_removes_meanwhile_is_no_error(
+    saved: tuple[Checkpoints, tf.Variable, tf.train.Checkpoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen by one who evaluates a run while it goes on: listed, and gone when it is read."""
+    checkpoints = saved[0]
+    listed = sorted(checkpoints.folder.glob("step-*.json"))
+    listed[0].unlink()
+    monkeypatch.setattr(Path, "glob", lambda folder, pattern: iter(listed))
+    assert [marker.step for marker in checkpoints.markers()] == [30]

@@ -68,6 +68,8 @@ class Checkpoints:
             document = json.loads(path.read_text(encoding="utf-8"))
             stated = {name: (int(size), str(crc)) for name, (size, crc) in document["files"].items()}
             return Marker(int(document["step"]), bool(document["pending"]), str(document["prefix"]), stated)
+        except FileNotFoundError:  # a run that goes on meanwhile has removed it
+            return None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             log.warning("%s: not a checkpoint marker (%s); it is passed over", path, error)
             return None
