@@ -89,7 +89,7 @@ def assert_same_run(folder: Path, other: Path) -> None:
 def test_killed_at_three_random_moments_it_ends_with_the_same_bits(undisturbed: Path, tmp_path: Path) -> None:
     """Weights, moments, losses' sums, metrics, pictures and scalars, dropout on; SIGKILL leaves no time for anything."""
     folder, moments = tmp_path / "run", random.Random(20161121)
-    for after in (70, 140, 245):
+    for after in (70, 140, 175):
         process = start_trainer(*arguments(folder))
         wait_for_step(process, folder, after)
         time.sleep(moments.uniform(0, 0.6))
