@@ -61,7 +61,7 @@ def test_check_names_each_of_1200_damaged_records(sound: Path, sound_records: li
 
 
 def through_pipeline(data: PairData, split: Split, *, training: bool) -> DataError | None:
-    batches = data.training_batches(0, split.examples) if training else data.evaluation_batches(split, 2)
+    batches = data.training_batches(0, split.examples) if training else data.batches_of(split, range(split.examples), 2)
     try:
         with data.naming_damage(split, lambda: range(split.examples)):
             for _ in elements(batches):

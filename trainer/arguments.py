@@ -15,7 +15,7 @@ COMMANDS = {
     "export": "write a trained generator for other programs",
 }
 _EVERYWHERE = ("help", "h", "version")
-STRATEGIES = ("auto", "one_device")
+STRATEGIES = ("auto", "one_device", "mirrored", "multi_worker_mirrored", "tpu")
 LAYOUTS = ("side_by_side", "folders", "list")
 
 FLAGS_OF = {

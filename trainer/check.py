@@ -48,7 +48,7 @@ def write_thumbnails(data_dir: Path, path: Path) -> None:
 
 
 def _pair(data: PairData, split: Split, number: int) -> NDArray[np.uint8]:
-    batch = next(iter(data.pairs_of(split, [number])))
+    batch = next(iter(data.batches_of(split, [number], 1)))
     sides = [from_unit_range(batch[side][0]).numpy().astype(np.uint8) for side in ("input", "target")]
     colour = [np.repeat(side, 3, axis=-1) if side.shape[-1] == 1 else side[..., :3] for side in sides]
     return np.concatenate(colour, axis=1)

@@ -9,7 +9,7 @@ from types import FrameType
 from absl import flags
 
 from trainer.arguments import need
-from trainer.cluster import check_environment
+from trainer.cluster import check_environment, read_cluster
 from trainer.config import SAMPLE_CONFIG, Config, load_config
 from trainer.errors import StoppedError, UserError
 from trainer.runtime.progress import log_to_stderr
@@ -49,17 +49,30 @@ def resolve(values: flags.FlagValues) -> tuple[Config, Path]:
     return config, Path(model_dir)
 
 
+def _is_untouched_sample(values: flags.FlagValues) -> bool:
+    """Whether the sample's own config counts, with its own batch size."""
+    chosen = any(override.startswith("train.batch_size=") for override in values.set)
+    return values.config is None and values.data_dir is None and not chosen
+
+
+def _stop_before_training(signum: int, frame: FrameType | None) -> None:
+    raise StoppedError(f"{signal.Signals(signum).name}: stopped before the first step; nothing is lost")
+
+
 def train(values: flags.FlagValues) -> str:
     """trainer train"""
     config, model_dir = resolve(values)
+    cluster = read_cluster(os.environ)
     _begin()
     if values.dry_run:
         from trainer.train.plan import dry_run
 
         return dry_run(config, model_dir)
+    from trainer.train.begin import Order
     from trainer.train.loop import train as run
 
-    return run(config, model_dir)
+    signal.signal(signal.SIGTERM, _stop_before_training)
+    return run(Order(config, model_dir, values.strategy, cluster, adaptable=_is_untouched_sample(values)))
 
 
 def percentages(text: str) -> tuple[int, ...]:

@@ -29,6 +29,15 @@ def _list_to_tuple(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _no_float16(precision: object) -> object:
+    if precision in ("float16", "mixed_float16"):
+        raise ValueError(
+            "float32 or mixed_bfloat16; float16 would need loss scaling, whose skipped steps hide a run that diverges, "
+            "while bfloat16 has float32's range and needs none"
+        )
+    return precision
+
+
 def _image_side(side: int) -> int:
     if side % IMAGE_SIDE_MULTIPLE:
         lower = max(MIN_IMAGE_SIDE, side - side % IMAGE_SIDE_MULTIPLE)
@@ -90,10 +99,15 @@ class ModelConfig(Section):
 
     generator: GeneratorConfig = GeneratorConfig()
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
-    norm: Literal["batch", "instance", "none"] = _setting("batch", "normalisation in both networks")
+    norm: Literal["batch", "sync_batch", "instance", "none"] = _setting(
+        "batch", "normalisation in both networks; batch: over a device's part of the batch, sync_batch: over all of it"
+    )
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = _setting(0.5, "rate in the first three decoder levels")
     inference: Literal["paper", "frozen"] = _setting(
         "paper", "paper: dropout on, statistics of each image alone; frozen: dropout off, moving statistics"
+    )
+    precision: Annotated[Literal["float32", "mixed_bfloat16"], BeforeValidator(_no_float16)] = _setting(
+        "float32", "mixed_bfloat16: convolutions in bfloat16; weights, statistics and losses in float32"
     )
 
 
@@ -115,12 +129,23 @@ class OptimizerConfig(Section):
     schedule: Literal["constant", "linear_decay"] = _setting(
         "constant", "linear_decay: constant for the first half of the steps, then down to 0"
     )
+    clip_norm: Annotated[float, Field(ge=0.0)] = _setting(
+        0.0, "largest norm of a network's gradient, the sum over all devices; 0: not clipped"
+    )
 
 
 class TrainConfig(Section):
     """How long, and what happens on the way; an interval of 0 means never."""
 
     batch_size: Annotated[int, Field(ge=1)] = _setting(1, "pairs in one step over all devices together")
+    microbatches: Annotated[int, Field(ge=1)] = _setting(
+        1,
+        "parts of a device's batch worked on one after the other, to save memory; the update is that of the whole",
+        changeable=True,
+    )
+    ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = _setting(
+        0.0, "keep a moving average of the generator's weights, and draw with it; such as 0.999; 0: none"
+    )
     steps: Annotated[int, Field(ge=1)] = _setting(80000, "steps of both networks in the whole run", changeable=True)
     steps_per_loop: Literal["auto"] | Annotated[int, Field(ge=1)] = _setting(
         "auto", "steps between two looks of the host; auto: about 2 seconds", changeable=True
@@ -137,6 +162,21 @@ class RuntimeConfig(Section):
 
     threads: Annotated[int, Field(ge=0, le=1024)] = _setting(
         0, "CPU threads inside an operation; 0: one for each core (the bits depend on it)", changeable=True
+    )
+    cpu_devices: Annotated[int, Field(ge=1, le=64)] = _setting(
+        1, "split the CPU into so many devices, to try --strategy=mirrored on a laptop", changeable=True
+    )
+    jit: bool = _setting(False, "compile both networks' forward and backward passes with XLA", changeable=True)
+    tf32: bool = _setting(True, "let NVIDIA GPUs round float32 products to TF32's 10 bits: faster", changeable=True)
+    deterministic: bool = _setting(
+        False, "GPU kernels that give the same bits every time: slower (on CPU they always do)", changeable=True
+    )
+    memory_growth: bool = _setting(True, "take GPU memory as it is needed, not all at once", changeable=True)
+    rendezvous_seconds: Annotated[int, Field(ge=1)] = _setting(
+        900, "how long the workers wait for each other at the start", changeable=True
+    )
+    peer_timeout_seconds: Annotated[int, Field(ge=5)] = _setting(
+        600, "without a step for so long, a worker takes its peers for lost; longer than a compile and a save", changeable=True
     )
 
 
@@ -158,6 +198,15 @@ class Config(Section):
             raise ValueError(
                 f"data.image_size: got {list(self.data.image_size)}, allowed: sides of {needed} or more for a "
                 f"receptive field of {self.model.discriminator.receptive_field}"
+            )
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _microbatches_fit_norm(self) -> "Config":
+        if self.train.microbatches > 1 and self.model.norm == "sync_batch":
+            raise ValueError(
+                f"train.microbatches: got {self.train.microbatches}, allowed: 1 with model.norm=sync_batch, which needs the "
+                "whole batch at once; instance and none are the same in parts, batch normalises over each part"
             )
         return self
 

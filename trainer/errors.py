@@ -44,6 +44,12 @@ class DivergedError(TrainerError):
     exit_code = ExitCode.DIVERGED
 
 
+class PeerLostError(TrainerError):
+    """A worker went away, hangs or never came; nothing is wrong with this one, and all of them may be run again."""
+
+    exit_code = ExitCode.PEER_LOST
+
+
 class StoppedError(TrainerError):
     """A signal asked the process to stop; the message says what was saved."""
 

@@ -65,8 +65,8 @@ def test_shapes_are_static(small_data: PairData) -> None:
 
 def test_evaluation_keeps_the_stored_order_and_the_last_few(small_data: PairData) -> None:
     test = small_data.split("test")
-    sizes = [batch["input"].shape[0] for batch in small_data.evaluation_batches(test, 4)]
-    places = [int(index) for batch in small_data.evaluation_batches(test, 4) for index in batch["index"]]
+    sizes = [batch["input"].shape[0] for batch in small_data.batches_of(test, range(test.examples), 4)]
+    places = [int(index) for batch in small_data.batches_of(test, range(test.examples), 4) for index in batch["index"]]
     assert sizes == [4, 4, 4, 3]
     assert places == list(range(15))
 

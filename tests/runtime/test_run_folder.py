@@ -49,7 +49,7 @@ def test_metrics_and_samples_after_a_step_are_cut_off(folder: RunFolder) -> None
     folder.samples.mkdir()
     for step in (10, 20, 30):
         folder.add_metrics({"step": step, "split": "val", "l1": 1.5})
-        folder.sample_path(step).write_bytes(b"x")
+        (folder.samples / f"step-{step:07d}.png").write_bytes(b"x")
     with folder.metrics_file.open("a") as file:
         file.write('{"step": 40, "l1"')
     folder.cut_after(20)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from trainer.runtime import files, meter, pictures
 from trainer.runtime.progress import Progress
-from trainer.runtime.summaries import Summaries, cut_events_after
+from trainer.runtime.summaries import Summaries
 
 
 def steps_in(folder: Path) -> list[tuple[int, str, float]]:
@@ -37,21 +37,21 @@ def test_scalars_are_written(events: Path) -> None:
 
 
 def test_events_after_a_step_are_cut_off(events: Path) -> None:
-    cut_events_after(events, 2)
+    Summaries(events).cut_after(2)
     assert steps_in(events) == [(1, "loss", 0.5), (2, "loss", 1.0)]
 
 
 def test_torn_last_event_is_dropped_and_the_file_readable_again(events: Path) -> None:
     (path,) = events.glob("train/events*")
     path.write_bytes(path.read_bytes()[:-7])
-    cut_events_after(events, 9)
+    Summaries(events).cut_after(9)
     assert [step for step, _, _ in steps_in(events)] == [1, 2]
 
 
 def test_whole_event_files_are_not_touched(events: Path) -> None:
     (path,) = events.glob("train/events*")
     before = path.stat().st_mtime_ns
-    cut_events_after(events, 3)
+    Summaries(events).cut_after(3)
     assert path.stat().st_mtime_ns == before
 
 

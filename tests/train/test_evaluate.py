@@ -19,7 +19,7 @@ def evaluator(small_data: PairData) -> Evaluator:
 
 
 def real_pairs(data: PairData) -> tuple[np.ndarray, np.ndarray]:
-    batch = next(iter(data.evaluation_batches(data.split("val"), 8)))
+    batch = next(iter(data.batches_of(data.split("val"), range(8), 8)))
     levels = [((image.numpy() + 1) * 127.5).round() for image in (batch["target"], batch["target"][::-1])]
     return levels[0].astype(np.float64), levels[1].astype(np.float64)
 
@@ -63,7 +63,7 @@ def test_a_split_is_the_mean_over_its_images_each_weighing_the_same(
 
 
 def test_measured_are_the_pictures_as_files_would_hold_them(evaluator: Evaluator, small_data: PairData) -> None:
-    batch = next(iter(small_data.evaluation_batches(small_data.split("val"), 8)))
+    batch = next(iter(small_data.batches_of(small_data.split("val"), range(8), 8)))
     out = translate(evaluator._generator, batch["input"], CONFIG.seed).numpy()
     pictures = ((out + 1) * 127.5).round().clip(0, 255).astype(np.uint8).astype(float)
     target = ((batch["target"].numpy() + 1) * 127.5).round()
@@ -81,5 +81,5 @@ def test_samples_are_the_same_validation_pairs_every_time(evaluator: Evaluator, 
     assert [name for name, _ in first] == ["input", "target", "output"]
     for (_, a), (_, b) in zip(first, second, strict=True):
         np.testing.assert_array_equal(a, b)
-    batch = next(iter(small_data.pairs_of(small_data.split("val"), range(4))))
+    batch = next(iter(small_data.batches_of(small_data.split("val"), range(4), 4)))
     np.testing.assert_array_equal(first[1][1], ((batch["target"].numpy() + 1) * 127.5).round().astype(np.uint8))

@@ -3,18 +3,20 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer.config import OptimizerConfig
-from trainer.train.optimizer import Adam, learning_rate
+from trainer.config import Config, OptimizerConfig
+from trainer.train.optimizer import Adam, learning_rate, read_clock
 
 RNG = np.random.default_rng(1)
 START = RNG.normal(size=(7, 3))
 GRADIENTS = [RNG.normal(size=(7, 3)) * 10.0 ** RNG.integers(-9, 3, (7, 3)) for _ in range(6)]
 SETTINGS = OptimizerConfig(learning_rate=0.01)
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 
 def apply(optimizer: Adam, gradient: np.ndarray, number: int, allowed: bool = True) -> None:
-    arguments = [tf.constant(gradient)], tf.constant(0.01, tf.float64), tf.constant(number, tf.int64), tf.constant(allowed)
-    optimizer.apply(*arguments)
+    clock = read_clock(Config(optimizer=SETTINGS), tf.constant(number - 1, tf.int64))
+    optimizer.apply([tf.constant(gradient)], clock, tf.constant(allowed))
 
 
 def reference(steps: int) -> np.ndarray:

@@ -12,8 +12,9 @@ from trainer.config import Config
 from trainer.data.pipeline import Specs
 from trainer.data.records import ImageSpec
 from trainer.model.layers import example_keys
+from trainer.train.optimizer import Clock, read_clock
 from trainer.train.state import TrainState, trainable
-from trainer.train.step import all_finite, train_step
+from trainer.train.step import StepResult, all_finite, train_step
 
 PHOTO = ImageSpec(kind="photo", channels=3, bit_depth=8)
 SPECS = Specs(PHOTO, PHOTO)
@@ -33,6 +34,10 @@ pytestmark = pytest.mark.usefixtures("float64")
 def make(*overrides: str) -> tuple[Config, TrainState]:
     config = small_config("train.batch_size=2", *overrides)
     return config, TrainState(config, SPECS)
+
+
+def take_step(state: TrainState, config: Config, batch: dict[str, tf.Tensor]) -> StepResult:
+    return train_step(state, config, batch, read_clock(config, state.step), tf.constant(False))
 
 
 def cross_entropy(logits: tf.Tensor, label: float) -> tf.Tensor:
@@ -65,7 +70,7 @@ def test_three_steps_give_the_plain_steps_losses_and_weights(norm: str) -> None:
     _, theirs = make(f"model.norm={norm}")
     adam = [keras.optimizers.Adam(2e-4, beta_1=0.5, beta_2=0.999, epsilon=1e-8) for _ in range(2)]
     for batch in BATCHES:
-        result = train_step(ours, config, batch)
+        result = take_step(ours, config, batch)
         expected = plain_step(theirs, config, batch, adam)
         np.testing.assert_allclose([float(value) for value in result.losses.values()], expected, rtol=1e-6)
         ours.record(result.losses, result.finite)
@@ -84,7 +89,7 @@ class Recorder:
     def __init__(self) -> None:
         self.gradients: list[np.ndarray] = []
 
-    def apply(self, gradients: list[tf.Tensor], rate: tf.Tensor, number: tf.Tensor, allowed: tf.Tensor) -> None:
+    def apply(self, gradients: list[tf.Tensor], clock: Clock, allowed: tf.Tensor) -> None:
         self.gradients = [gradient.numpy() for gradient in gradients]
 
 
@@ -92,7 +97,7 @@ def recorded_gradients(*overrides: str) -> tuple[list[np.ndarray], list[np.ndarr
     config, state = make("model.norm=none", *overrides)
     recorders = Recorder(), Recorder()
     state.discriminator_optimizer, state.generator_optimizer = recorders  # type: ignore[assignment]
-    train_step(state, config, BATCHES[0])
+    take_step(state, config, BATCHES[0])
     return recorders[0].gradients, recorders[1].gradients
 
 
@@ -147,7 +152,7 @@ def test_generator_is_judged_by_the_updated_discriminator() -> None:
     keys = example_keys(0, state.step, batch["index"])
     picture = state.generator([batch["input"], keys], training=True)
     before = float(cross_entropy(state.discriminator([batch["input"], picture]), 1.0))
-    gan = float(train_step(state, config, batch).losses["generator_gan"])
+    gan = float(take_step(state, config, batch).losses["generator_gan"])
     after = float(cross_entropy(state.discriminator([batch["input"], picture]), 1.0))
     assert abs(gan - after) < 1e-9
     assert abs(gan - before) > 0.1
@@ -158,7 +163,7 @@ def test_a_batch_that_is_not_finite_changes_no_weight(value: float) -> None:
     config, state = make()
     spoilt = dict(BATCHES[0], target=tf.constant(np.full((2, 64, 64, 3), value)))
     before = all_weights(state)
-    result = train_step(state, config, spoilt)
+    result = take_step(state, config, spoilt)
     state.record(result.losses, result.finite)
     assert not bool(result.finite)
     assert not bool(state.healthy)
@@ -171,7 +176,7 @@ def test_generator_alone_not_finite_keeps_the_generator() -> None:
     """lambda so large that only the generator's loss overflows."""
     config, state = make("loss.reconstruction_weight=1.0e308")
     before = [variable.numpy() for variable in trainable(state.generator)]
-    result = train_step(state, config, dict(BATCHES[0], target=BATCHES[0]["target"] * 1000.0))
+    result = take_step(state, config, dict(BATCHES[0], target=BATCHES[0]["target"] * 1000.0))
     assert np.isfinite(float(result.losses["discriminator"]))
     assert not bool(result.finite)
     for old, variable in zip(before, trainable(state.generator), strict=True):

@@ -90,43 +90,51 @@ class PairData:
         records_of_epoch = order.epoch_order(self.train.examples, self._config.seed, place.epoch, size)
         return np.asarray(records_of_epoch[place.batch], np.int64)
 
-    def _augmentation(self, step: int) -> NDArray[np.int32]:
+    def _augmentation(self, step: int, numbers: NDArray[np.int64]) -> NDArray[np.int32]:
         data = self._config.data
         epoch = order.placement(step, self.train.examples, self._config.train.batch_size).epoch
-        return order.augmentation(self.batch_records(step), self._config.seed, epoch, data.jitter, data.mirror)
+        return order.augmentation(numbers, self._config.seed, epoch, data.jitter, data.mirror)
 
-    def training_batches(self, first_step: int, last_step: int) -> tf.data.Dataset:
-        """The global batches of the steps first_step <= step < last_step, in order.
+    def training_batches(
+        self, first_step: int, last_step: int | None = None, *, places: range | None = None, replicas: int = 1
+    ) -> tf.data.Dataset:
+        """The global batches of the steps from first_step on, in order; or one worker's places in them.
 
-        Each element is a dict: `input` and `target`, float32 (batch, height, width, channels) in [-1, 1], and `index`,
-        uint32 (batch,), the place of each example in the global batch.
+        Only the records of these places are read. Shapes are static, so that a TPU's compiler can take them.
+
+        Args:
+            first_step: the step of the first batch, from 0.
+            last_step: the step before which they end; None: they never do.
+            places: which examples of each global batch; all of them by default.
+            replicas: how many devices share them: so many elements in a row make a step.
+
+        Returns:
+            A data set of dicts: `input` and `target`, float32 (examples, height, width, channels) in [-1, 1], and `index`,
+            uint32 (examples,), the place of each example in the global batch.
         """
+        own = range(self._config.train.batch_size) if places is None else places
 
         def read_step(step: NDArray[np.int64]) -> tuple[NDArray[np.object_], NDArray[np.int32]]:
-            encoded = [self.train.read_or_note(int(number)) for number in self.batch_records(int(step))]
-            return np.array(encoded, dtype=object), self._augmentation(int(step))
-
-        size = self._config.train.batch_size
+            numbers = self.batch_records(int(step))[own.start : own.stop]
+            encoded = [self.train.read_or_note(int(number)) for number in numbers]
+            return np.array(encoded, dtype=object), self._augmentation(int(step), numbers)
 
         def read(step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
             encoded, how = tf.numpy_function(read_step, [step], [tf.string, tf.int32])
-            return tf.ensure_shape(encoded, [size]), tf.ensure_shape(how, [size, 3]), tf.cast(tf.range(size), tf.uint32)
+            index = tf.cast(tf.range(own.start, own.stop), tf.uint32)
+            return tf.ensure_shape(encoded, [len(own)]), tf.ensure_shape(how, [len(own), 3]), index
 
-        steps = tf.data.Dataset.range(first_step, last_step)
+        steps = tf.data.Dataset.counter(first_step) if last_step is None else tf.data.Dataset.range(first_step, last_step)
         elements = steps.map(read, num_parallel_calls=READS_AT_ONCE).unbatch()
         examples = elements.map(self._prepare(self._config.data.jitter), num_parallel_calls=_decoders())
-        return examples.batch(size, drop_remainder=True).prefetch(BATCHES_AHEAD).with_options(_in_order())
+        batches = examples.batch(len(own) // replicas, drop_remainder=True).prefetch(BATCHES_AHEAD * replicas)
+        if last_step is None:  # `unbatch` forgets it, and with it a strategy need not look for the end before every step
+            batches = batches.apply(tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY))
+        return batches.with_options(_in_order())
 
-    def evaluation_batches(self, split: Split, batch_size: int) -> tf.data.Dataset:
-        """The pairs of a split in their stored order, not augmented; the last batch may be smaller."""
-        return self._in_stored_order(split, tf.data.Dataset.range(split.examples), batch_size)
+    def batches_of(self, split: Split, numbers: Sequence[int], batch_size: int) -> tf.data.Dataset:
+        """Some pairs of a split, not augmented; the last batch may be smaller."""
 
-    def pairs_of(self, split: Split, numbers: Sequence[int]) -> tf.data.Dataset:
-        """One batch of some pairs of a split, not augmented."""
-        listed = tf.data.Dataset.from_tensor_slices(tf.constant(list(numbers), tf.int64))
-        return self._in_stored_order(split, listed, len(numbers))
-
-    def _in_stored_order(self, split: Split, numbers: tf.data.Dataset, batch_size: int) -> tf.data.Dataset:
         def read_one(number: NDArray[np.int64]) -> bytes:
             return split.read_or_note(int(number))
 
@@ -134,7 +142,8 @@ class PairData:
             encoded = tf.ensure_shape(tf.numpy_function(read_one, [number], tf.string), [])
             return encoded, tf.zeros([3], tf.int32), tf.cast(number, tf.uint32)
 
-        elements = numbers.map(read, num_parallel_calls=READS_AT_ONCE)
+        listed = tf.data.Dataset.from_tensor_slices(tf.constant(list(numbers), tf.int64))
+        elements = listed.map(read, num_parallel_calls=READS_AT_ONCE)
         prepared = elements.map(self._prepare(0), num_parallel_calls=_decoders())
         return prepared.batch(batch_size).prefetch(BATCHES_AHEAD).with_options(_in_order())
 

@@ -42,15 +42,14 @@ def patchgan(settings: ModelConfig, size: tuple[int, int], input_channels: int, 
     The model takes [input, target], both (batch, height, width, channels) in [-1, 1], and gives logits (batch, rows,
     columns, 1): 30x30 at 256x256 for a receptive field of 70. The first layer and the logits have no norm.
     """
-    blocks = Blocks("discriminator", settings.norm, seed, settings.inference)
+    blocks = Blocks("discriminator", settings, seed)
     source = keras.Input((*size, input_channels), name="input")
     target = keras.Input((*size, target_channels), name="target")
-    x: Any = keras.layers.Concatenate(name="discriminator_pair")([source, target])
+    x: Any = blocks.joined([source, target], "pair")
     *body, logits = patch_convolutions(settings.discriminator.receptive_field, settings.discriminator.filters)
     for number, (filters, kernel, stride) in enumerate(body):
         name = f"conv{number + 1}"
         x = blocks.convolution(x, filters, name, stride=stride, normed=number > 0, kernel=kernel)
         x = blocks.leaky_relu(blocks.normalised(x, name, normed=number > 0), name)
     x = blocks.convolution(x, logits.filters, "logits", stride=logits.stride, normed=False, kernel=logits.kernel)
-    output = keras.layers.Activation("linear", dtype=keras.config.floatx(), name="discriminator_float")(x)
-    return keras.Model([source, target], output, name="discriminator")
+    return keras.Model([source, target], blocks.in_full_precision(x, "linear", "float"), name="discriminator")

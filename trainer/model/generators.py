@@ -44,15 +44,14 @@ def unet(
     As in the paper's public code a skip carries the normalised convolution before its activation, and the decoder's ReLU
     acts on skip and decoder alike. The bottleneck has no norm: at batch 1 a norm over one pixel would zero it (erratum).
     """
-    blocks = Blocks("generator", settings.norm, seed, settings.inference)
+    blocks = Blocks("generator", settings, seed)
     channels = level_filters(settings.generator.filters, depth_for(*size))
     image = keras.Input((*((None, None) if any_size else size), input_channels), name="image")
     keys = keras.Input((), dtype=KEY_DTYPE, name="keys")
     x, skips = _encoder(blocks, image, channels)
     x = _decoder(blocks, x, keys, skips, channels, settings.dropout)
     x = blocks.upconvolution(blocks.relu(x, "output"), target_channels, "output", normed=False)
-    output = keras.layers.Activation("tanh", dtype=keras.config.floatx(), name="generator_tanh")(x)
-    return keras.Model([image, keys], output, name="generator")
+    return keras.Model([image, keys], blocks.in_full_precision(x, "tanh", "tanh"), name="generator")
 
 
 def _encoder(blocks: Blocks, image: Any, channels: list[int]) -> tuple[Any, list[Any]]:
@@ -76,7 +75,7 @@ def _decoder(blocks: Blocks, x: Any, keys: Any, skips: list[Any], channels: list
         x = blocks.normalised(x, name)
         if number < DROPOUT_LEVELS:
             x = blocks.dropout(x, keys, dropout, number, name)
-        x = keras.layers.Concatenate(name=f"generator_{name}_skip")([x, skip])
+        x = blocks.joined([x, skip], f"{name}_skip")
     return x
 
 

@@ -6,6 +6,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from trainer.config import ModelConfig
+
 # The constants of the paper's public code; Keras's defaults are others (0.3, 1e-3, 0.99).
 LEAKY_SLOPE = 0.2
 NORM_EPSILON = 1e-5
@@ -92,10 +94,29 @@ class KeyedDropout(keras.layers.Layer):
         return {**super().get_config(), **own}
 
 
-def standardise_each(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, epsilon: float) -> tf.Tensor:
-    """Normalise every image by its own mean and variance over height and width, channel by channel, then scale, shift."""
+def standardise_each(image: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, epsilon: float) -> tf.Tensor:
+    """Normalise every image by its own mean and variance over height and width, channel by channel, then scale, shift.
+
+    bfloat16 has too few digits for the statistics, which are taken in the dtype of gamma.
+    """
+    x = tf.cast(image, gamma.dtype)
     mean, variance = tf.nn.moments(x, axes=[1, 2], keepdims=True)
-    return (x - mean) * (tf.math.rsqrt(variance + epsilon) * gamma) + beta
+    return tf.cast((x - mean) * (tf.math.rsqrt(variance + epsilon) * gamma) + beta, image.dtype)
+
+
+def moments_over_replicas(x: tf.Tensor, near: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Mean and variance of each channel over the images (batch, height, width, channels) of all replicas, differentiable.
+
+    Both come from one sum over replicas, of x - near and its square: the closer `near` (channels,) is to the mean, the fewer
+    digits cancel. Equal parts of the batch on every replica are taken for granted.
+    """
+    context = tf.distribute.get_replica_context()
+    shifted = x - tf.stop_gradient(near)
+    sums = [tf.reduce_sum(shifted, [0, 1, 2]), tf.reduce_sum(tf.square(shifted), [0, 1, 2])]
+    total, squares = context.all_reduce(tf.distribute.ReduceOp.SUM, sums)
+    count = tf.cast(tf.reduce_prod(tf.shape(x)[:3]) * context.num_replicas_in_sync, x.dtype)
+    mean = total / count
+    return mean + tf.stop_gradient(near), tf.maximum(squares / count - tf.square(mean), 0.0)
 
 
 class BatchNorm(keras.layers.BatchNormalization):
@@ -103,20 +124,28 @@ class BatchNorm(keras.layers.BatchNormalization):
 
     The paper tests with the statistics of the test batch at batch size 1 (section 3.4), which are the image's own. Taking
     them for each image alone keeps a result independent of the batch that the image came in.
+
+    In training each replica normalises its part of the batch; with `over_replicas` all normalise by the whole batch.
     """
 
-    def __init__(self, *, inference: str, **kwargs: Any) -> None:
+    def __init__(self, *, inference: str, over_replicas: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.inference = inference
+        self.over_replicas = over_replicas
+
+    def _moments(self, inputs: tf.Tensor, mask: tf.Tensor | None) -> tuple[tf.Tensor, tf.Tensor]:
+        if self.over_replicas:
+            return moments_over_replicas(inputs, tf.cast(self.moving_mean, inputs.dtype))
+        moments: tuple[tf.Tensor, tf.Tensor] = super()._moments(inputs, mask)
+        return moments
 
     def call(self, inputs: tf.Tensor, training: bool | None = None) -> tf.Tensor:
         if training or self.inference == "frozen":
             return super().call(inputs, training=training)
-        gamma, beta = (tf.cast(tf.convert_to_tensor(v), inputs.dtype) for v in (self.gamma, self.beta))
-        return standardise_each(inputs, gamma, beta, self.epsilon)
+        return standardise_each(inputs, tf.convert_to_tensor(self.gamma), tf.convert_to_tensor(self.beta), self.epsilon)
 
     def get_config(self) -> dict[str, Any]:
-        return {**super().get_config(), "inference": self.inference}
+        return {**super().get_config(), "inference": self.inference, "over_replicas": self.over_replicas}
 
 
 class InstanceNorm(keras.layers.Layer):
@@ -128,15 +157,15 @@ class InstanceNorm(keras.layers.Layer):
         self.gamma_initializer = keras.initializers.get(gamma_initializer)
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
-        self.gamma = self.add_weight(shape=(input_shape[-1],), initializer=self.gamma_initializer, name="gamma")
-        self.beta = self.add_weight(shape=(input_shape[-1],), initializer="zeros", name="beta")
+        shape = (input_shape[-1],)
+        self.gamma = self.add_weight(shape=shape, initializer=self.gamma_initializer, name="gamma", autocast=False)
+        self.beta = self.add_weight(shape=shape, initializer="zeros", name="beta", autocast=False)
 
     def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
         return input_shape
 
     def call(self, inputs: tf.Tensor) -> tf.Tensor:
-        gamma, beta = (tf.cast(tf.convert_to_tensor(v), inputs.dtype) for v in (self.gamma, self.beta))
-        return standardise_each(inputs, gamma, beta, self.epsilon)
+        return standardise_each(inputs, tf.convert_to_tensor(self.gamma), tf.convert_to_tensor(self.beta), self.epsilon)
 
     def get_config(self) -> dict[str, Any]:
         gamma = keras.initializers.serialize(self.gamma_initializer)
@@ -144,25 +173,27 @@ class InstanceNorm(keras.layers.Layer):
 
 
 class Blocks:
-    """Makes the layers of one network: their names, their seeds and the kind of norm are said once, here."""
+    """Makes the layers of one network: their names, seeds and precision and the kind of norm are said once, here."""
 
-    def __init__(self, network: str, norm: str, seed: int, inference: str = "paper") -> None:
+    def __init__(self, network: str, settings: ModelConfig, seed: int) -> None:
         self.network = network
-        self.norm = norm
+        self.norm = settings.norm
         self._seed = seed
-        self._inference = inference
+        self._inference = settings.inference
+        self._dtype = None if settings.precision == "float32" else settings.precision
 
-    def _named(self, name: str) -> str:
-        return f"{self.network}_{name}"
+    def _named(self, name: str) -> dict[str, Any]:
+        """What every layer is told."""
+        return {"name": f"{self.network}_{name}", "dtype": self._dtype}
 
     def _convolution_settings(self, name: str, normed: bool) -> dict[str, Any]:
         """A bias before a norm would be subtracted again by its mean, so there is one only where no norm follows."""
-        name = self._named(name)
+        named = self._named(name)
         return {
             "kernel_size": KERNEL_SIZE,
-            "kernel_initializer": normal(self._seed, f"{name}/kernel"),
+            "kernel_initializer": normal(self._seed, f"{named['name']}/kernel"),
             "use_bias": not self.normalises(normed),
-            "name": name,
+            **named,
         }
 
     def normalises(self, normed: bool) -> bool:
@@ -176,7 +207,7 @@ class Blocks:
         if stride == 2 and all(side is None or side % 2 == 0 for side in x.shape[1:3]):
             padding = "same"  # here it means 1 on each side, and spares a pass over the image
         elif kernel > 1:
-            x = keras.layers.ZeroPadding2D(1, name=self._named(f"{name}_pad"))(x)
+            x = keras.layers.ZeroPadding2D(1, **self._named(f"{name}_pad"))(x)
         return keras.layers.Conv2D(filters, padding=padding, **settings)(x)
 
     def upconvolution(self, x: Any, filters: int, name: str, *, normed: bool) -> Any:
@@ -188,22 +219,30 @@ class Blocks:
         """The norm that the config names, or x itself."""
         if not self.normalises(normed):
             return x
-        name = self._named(f"{name}_norm")
-        gamma = normal(self._seed, f"{name}/gamma", mean=1.0)
+        named = self._named(f"{name}_norm")
+        settings = {"epsilon": NORM_EPSILON, "gamma_initializer": normal(self._seed, f"{named['name']}/gamma", mean=1.0), **named}
         if self.norm == "instance":
-            return InstanceNorm(epsilon=NORM_EPSILON, gamma_initializer=gamma, name=name)(x)
-        settings = {"epsilon": NORM_EPSILON, "momentum": NORM_MOMENTUM, "gamma_initializer": gamma}
-        return BatchNorm(inference=self._inference, name=name, **settings)(x)
+            return InstanceNorm(**settings)(x)
+        together = self.norm == "sync_batch"
+        return BatchNorm(inference=self._inference, over_replicas=together, momentum=NORM_MOMENTUM, **settings)(x)
 
     def leaky_relu(self, x: Any, name: str) -> Any:
         """LeakyReLU with the paper's slope."""
-        return keras.layers.LeakyReLU(negative_slope=LEAKY_SLOPE, name=self._named(f"{name}_leaky"))(x)
+        return keras.layers.LeakyReLU(negative_slope=LEAKY_SLOPE, **self._named(f"{name}_leaky"))(x)
 
     def relu(self, x: Any, name: str) -> Any:
         """ReLU, as in the decoder."""
-        return keras.layers.ReLU(name=self._named(f"{name}_relu"))(x)
+        return keras.layers.ReLU(**self._named(f"{name}_relu"))(x)
 
     def dropout(self, x: Any, keys: Any, rate: float, number: int, name: str) -> Any:
         """Keyed dropout; on at inference too unless the model is frozen (paper, section 3.4)."""
-        layer = KeyedDropout(rate, number, at_inference=self._inference == "paper", name=self._named(f"{name}_dropout"))
-        return layer((x, keys))
+        at_inference = self._inference == "paper"
+        return KeyedDropout(rate, number, at_inference=at_inference, **self._named(f"{name}_dropout"))((x, keys))
+
+    def joined(self, tensors: list[Any], name: str) -> Any:
+        """Channels beside channels."""
+        return keras.layers.Concatenate(**self._named(name))(tensors)
+
+    def in_full_precision(self, x: Any, activation: str, name: str) -> Any:
+        """The end of a network, in the precision that losses need."""
+        return keras.layers.Activation(activation, dtype=keras.config.floatx(), name=self._named(name)["name"])(x)

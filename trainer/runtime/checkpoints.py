@@ -102,21 +102,24 @@ class Checkpoints:
             raise UserError(f"{self.folder}: no checkpoint in it is whole; use another --model_dir, or empty this one")
         return None
 
-    def save(self, state: tf.train.Checkpoint, step: int, *, pending: bool = False) -> Marker:
+    def marker(self, prefix: str) -> Marker | None:
+        """The marker of a checkpoint by its prefix, if it is there."""
+        return next((marker for marker in self.markers() if marker.prefix == prefix), None)
+
+    def save(self, state: tf.train.Checkpoint, step: int, *, pending: bool = False) -> None:
         """Write the state, then the marker; then what is no longer kept goes.
 
         Raises:
             TrainerError: it could not be written; older checkpoints are untouched.
         """
         try:
-            marker = self._write(state, step, pending)
+            self._write(state, step, pending)
         except (OSError, tf.errors.OpError) as error:
             reason = error.strerror if isinstance(error, OSError) else error.message.splitlines()[0]
             raise TrainerError(f"{self.folder}: the checkpoint of step {step} could not be saved: {reason}") from error
         self.clean()
-        return marker
 
-    def _write(self, state: tf.train.Checkpoint, step: int, pending: bool) -> Marker:
+    def _write(self, state: tf.train.Checkpoint, step: int, pending: bool) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         prefix = self._unused_prefix(step)
         state.write(str(self.folder / prefix))
@@ -126,7 +129,6 @@ class Checkpoints:
         stated = {path.name: (path.stat().st_size, _checksum(path)) for path in written}
         marker = Marker(step, pending, prefix, stated)
         files.write_text(self._marker_path(step), json.dumps(marker.__dict__, indent=1) + "\n")
-        return marker
 
     def _unused_prefix(self, step: int) -> str:
         stem = f"step-{step:08d}"
@@ -197,3 +199,19 @@ class Checkpoints:
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
             files.write_text(path, json.dumps({"step": step, "val_l1": l1}) + "\n")
+
+
+class NonChiefCheckpoints(Checkpoints):
+    """The checkpoints as workers other than the chief hold them: they restore, and leave the rest to the chief."""
+
+    def save(self, state: tf.train.Checkpoint, step: int, *, pending: bool = False) -> None:
+        """The chief saves: the state is the same on all."""
+
+    def forget_after(self, step: int) -> None:
+        """The chief does it."""
+
+    def clean(self) -> None:
+        """The chief does it."""
+
+    def mark_best(self, step: int | None, l1: float | None) -> None:
+        """The chief does it."""

@@ -1,6 +1,7 @@
 """Whole files or none: small helpers for everything that a run writes."""
 
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ def sync(path: Path) -> None:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path`; on success it takes that name, synced; on failure it is removed."""
-    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}")
+    temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(6)}")
     try:
         yield temporary
         sync(temporary)

@@ -4,18 +4,26 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 import yaml
+from numpy.typing import NDArray
 
 from trainer.config import Config, config_from_tree, differences, parse_yaml, to_tree
 from trainer.errors import ExitCode, TrainerError, UserError
 from trainer.runtime import files
+from trainer.runtime.pictures import save_grid
 
 LOCK_SECONDS = 10.0
+SEE_SECONDS = 15.0  # network file systems show a new file late
+
+Columns = Sequence[tuple[str, NDArray[np.uint8]]]
 
 
 class RecordedFailure(TrainerError):  # noqa: N818 - it is told again, not raised anew
@@ -70,13 +78,23 @@ class RunFolder:
             except BlockingIOError as error:
                 if time.monotonic() > deadline:
                     lock.seek(0)
-                    owner = lock.read().strip() or "unknown"
+                    owner = lock.readline().strip() or "unknown"
                     raise UserError(f"{self.path}: process {owner} is training in it; choose another --model_dir") from error
                 time.sleep(0.1)
+        self.token = secrets.token_hex(8)
         lock.truncate(0)
-        lock.write(f"{os.getpid()}\n")
+        lock.write(f"{os.getpid()}\n{self.token}\n")
         lock.flush()
         return lock
+
+    def is_claimed_with(self, token: str) -> bool:
+        """Whether this folder is the one that another process claimed with that token: the same files, seen from here."""
+        path, deadline = self.path / ".lock", time.monotonic() + SEE_SECONDS
+        while not (path.is_file() and token in path.read_text(encoding="utf-8").split()):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.2)
+        return True
 
     def saved_config(self) -> Config | None:
         """The config that the run in this folder began or last went on with."""
@@ -152,9 +170,9 @@ class RunFolder:
             if number.isdigit() and int(number) > step:
                 path.unlink()
 
-    def sample_path(self, step: int) -> Path:
-        """Where the sample picture of a step goes."""
-        return self.samples / f"step-{step:07d}.png"
+    def save_sample(self, step: int, columns: Callable[[], Columns]) -> None:
+        """Write the sample picture of a step."""
+        save_grid(self.samples / f"step-{step:07d}.png", f"step {step}", columns())
 
     def record_failure(self, line: str, exit_code: ExitCode, fingerprint: str) -> None:
         """Leave a marker, so that a blind restart ends at once with the same line and code."""
@@ -174,6 +192,33 @@ class RunFolder:
             advice = f"(nothing has changed since; to try all the same, remove {self._failure_file})"
             raise RecordedFailure(f"{document['line']} {advice}", ExitCode(document["exit_code"]))
         self._failure_file.unlink()
+
+
+class NonChiefFolder(RunFolder):
+    """The run's folder as workers other than the chief hold it: what they read is there, what they write goes nowhere."""
+
+    def claim(self) -> "NonChiefFolder":
+        """The chief's claim counts for all."""
+        return self
+
+    def write_config(self, config: Config, notes: dict[str, str]) -> None:
+        """The chief writes it."""
+
+    def write_data(self, about: dict[str, Any]) -> None:
+        """The chief writes it."""
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """What the chief is writing at this moment is not read."""
+        return []
+
+    def add_metrics(self, entry: dict[str, Any]) -> None:
+        """The chief writes it."""
+
+    def cut_after(self, step: int) -> None:
+        """The chief does it."""
+
+    def save_sample(self, step: int, columns: Callable[[], Columns]) -> None:
+        """The chief draws it."""
 
 
 def fingerprint(config: Config, data: Path) -> str:

@@ -26,6 +26,15 @@ class Summaries:
             for name, value in values.items():
                 tf.summary.scalar(name, value, step)
 
+    def cut_after(self, step: int) -> None:
+        """Drop every event after `step` from all event files, and the torn end that a kill may leave."""
+        for path in sorted(self._folder.glob("*/events.out.tfevents.*")):
+            kept, whole = _events_until(path, step)
+            if not whole:
+                with files.replacing(path) as temporary, tf.io.TFRecordWriter(str(temporary)) as writer:
+                    for event in kept:
+                        writer.write(event)
+
     def flush(self) -> None:
         """Hand everything written so far to the file system."""
         for writer in self._writers.values():
@@ -37,14 +46,14 @@ class Summaries:
             writer.close()
 
 
-def cut_events_after(folder: Path, step: int) -> None:
-    """Drop every event after `step` from all event files below `folder`, and the torn end that a kill may leave."""
-    for path in sorted(folder.glob("*/events.out.tfevents.*")):
-        kept, whole = _events_until(path, step)
-        if not whole:
-            with files.replacing(path) as temporary, tf.io.TFRecordWriter(str(temporary)) as writer:
-                for event in kept:
-                    writer.write(event)
+class NullSummaries(Summaries):
+    """What workers other than the chief hold: it writes nowhere."""
+
+    def scalars(self, kind: str, values: Mapping[str, float], step: int) -> None:
+        """The chief writes them."""
+
+    def cut_after(self, step: int) -> None:
+        """The chief does it."""
 
 
 def _events_until(path: Path, step: int) -> tuple[list[bytes], bool]:

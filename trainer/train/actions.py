@@ -4,14 +4,16 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import tensorflow as tf
+
 from trainer.config import Config
 from trainer.data.pipeline import PairData
-from trainer.runtime.checkpoints import Checkpoints
+from trainer.runtime.checkpoints import Checkpoints, NonChiefCheckpoints
 from trainer.runtime.meter import Meter
-from trainer.runtime.pictures import save_grid
 from trainer.runtime.preemption import StopSignal
 from trainer.runtime.run_folder import RunFolder
-from trainer.runtime.summaries import Summaries
+from trainer.runtime.summaries import NullSummaries, Summaries
+from trainer.runtime.workers import Watchdog, Workers
 from trainer.train.evaluate import Evaluator
 from trainer.train.state import TrainState
 
@@ -48,23 +50,31 @@ class Run:
     """The parts of a run that actions work on, and the actions themselves, one method each."""
 
     def __init__(
-        self, config: Config, folder: RunFolder, data: PairData, state: TrainState, stop: StopSignal, meter: Meter
+        self,
+        config: Config,
+        folder: RunFolder,
+        data: PairData,
+        state: TrainState,
+        strategy: tf.distribute.Strategy,
+        workers: Workers,
+        stop: StopSignal,
     ) -> None:
-        self.config, self.folder, self.data, self.state, self.stop, self.meter = (
-            config,
-            folder,
-            data,
-            state,
-            stop,
-            meter,
-        )
-        self.checkpoints = Checkpoints(folder.checkpoints, config.train.keep)
-        self.summaries = Summaries(folder.summaries)
-        self.evaluator = Evaluator(state.generator, data, config)
+        self.config, self.folder, self.data, self.state = config, folder, data, state
+        self.strategy, self.workers, self.stop = strategy, workers, stop
+        self.meter = Meter(config.train.batch_size)
+        self.watchdog = Watchdog(config.runtime.peer_timeout_seconds, lambda: int(state.step.numpy()))
+        writes = workers.index == 0
+        self.checkpoints = (Checkpoints if writes else NonChiefCheckpoints)(folder.checkpoints, config.train.keep)
+        self.summaries = (Summaries if writes else NullSummaries)(folder.summaries)
+        self.evaluator = Evaluator(state.drawer, data, config, strategy, workers)
         self.saved_step: int | None = None
         self.saved_pending = False
         self._best_step: int | None = None
         self._best_l1: float | None = None
+
+    def stopping(self) -> bool:
+        """Whether any worker was asked to stop; all of them must ask at the same moments."""
+        return self.workers.any(self.stop.received is not None)
 
     def actions(self) -> list[Action]:
         """What happens at intervals, in order: the evaluation first, because it alone can be interrupted; the checkpoint
@@ -107,10 +117,14 @@ class Run:
 
     def measure(self, split: str, step: int) -> dict[str, float | int]:
         """Measure on a split and add the line to metrics.jsonl."""
-        scores = self.evaluator.measure(self.data.split(split), lambda: self.stop.received is not None)
+        scores = self.evaluator.measure(self.data.split(split), self._interrupted)
         self.folder.add_metrics({"step": step, "split": split, **scores})
         log.info("step %d: %s L1 %.2f of 255, PSNR %.2f dB, SSIM %.4f", step, split, *list(scores.values())[1:])
         return scores
+
+    def _interrupted(self) -> bool:
+        self.watchdog.beat()
+        return self.stop.received is not None
 
     def find_best(self) -> None:
         """Work out from metrics.jsonl which evaluation on val had the lowest L1."""
@@ -131,12 +145,13 @@ class Run:
 
     def sample(self, step: int) -> None:
         """Draw the same validation pairs as every time."""
-        save_grid(self.folder.sample_path(step), f"step {step}", self.evaluator.sample_columns())
+        self.folder.save_sample(step, self.evaluator.sample_columns)
 
     def checkpoint(self, step: int, *, pending: bool = False) -> None:
         """Save everything; what was logged before is handed to the file system first."""
         self.summaries.flush()
         self.checkpoints.save(self.state.checkpoint(), step, pending=pending)
+        self.watchdog.beat()
         self.saved_step, self.saved_pending = step, pending
 
 

@@ -9,7 +9,7 @@ from trainer.config import Config
 from trainer.data.pipeline import Specs
 from trainer.model.discriminators import patchgan
 from trainer.model.generators import unet
-from trainer.train.optimizer import Adam
+from trainer.train.optimizer import Adam, Average
 
 LOSSES = ("discriminator", "generator_gan", "l1")
 
@@ -19,27 +19,36 @@ def trainable(network: keras.Model) -> list[tf.Variable]:
     return [variable.value for variable in network.trainable_variables]
 
 
+def build_generator(config: Config, specs: Specs) -> keras.Model:
+    """The generator as the config says, its weights drawn from the seed."""
+    return unet(config.model, config.data.image_size, specs.input.channels, specs.target.channels, config.seed)
+
+
 def build_networks(config: Config, specs: Specs) -> tuple[keras.Model, keras.Model]:
     """Generator and discriminator as the config says, their weights drawn from the seed."""
     channels = (specs.input.channels, specs.target.channels)
-    size = config.data.image_size
-    return unet(config.model, size, *channels, config.seed), patchgan(config.model, size, *channels, config.seed)
+    return build_generator(config, specs), patchgan(config.model, config.data.image_size, *channels, config.seed)
 
 
 class TrainState:
-    """The state of a run; made under the strategy's scope.
+    """The state of a run: networks and optimisers on every replica, counters on each worker's host.
 
     Attributes:
         generator, discriminator: the networks.
+        averaged: the generator whose weights are the moving average, or None without train.ema_decay.
         step: int64 variable, the steps done.
         latest: float64 (3,) variable, the losses of the newest step, finite or not.
         healthy: bool variable, false once a loss or gradient was not finite.
     """
 
-    def __init__(self, config: Config, specs: Specs) -> None:
-        self.generator, self.discriminator = build_networks(config, specs)
-        self.generator_optimizer = Adam(trainable(self.generator), config.optimizer)
-        self.discriminator_optimizer = Adam(trainable(self.discriminator), config.optimizer)
+    def __init__(self, config: Config, specs: Specs, strategy: tf.distribute.Strategy | None = None) -> None:
+        """Make everything; call it outside the strategy's scope, where the counters are to be."""
+        with (strategy or tf.distribute.get_strategy()).scope():
+            self.generator, self.discriminator = build_networks(config, specs)
+            self.generator_optimizer = Adam(trainable(self.generator), config.optimizer)
+            self.discriminator_optimizer = Adam(trainable(self.discriminator), config.optimizer)
+            self.averaged = build_generator(config, specs) if config.train.ema_decay else None
+        self.average = Average(self.averaged, self.generator) if self.averaged else None
         self.step = self._counter(0, tf.int64)
         self.healthy = self._counter(True, tf.bool)
         self.latest = self._counter([0.0] * len(LOSSES), tf.float64)
@@ -48,11 +57,20 @@ class TrainState:
 
     @staticmethod
     def _counter(value: object, dtype: tf.DType) -> tf.Variable:
-        return tf.Variable(value, trainable=False, dtype=dtype, aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA)
+        """A variable on the host: the loop over steps runs there, and a TPU has no float64."""
+        with tf.device("/cpu:0"):
+            return tf.Variable(value, trainable=False, dtype=dtype)
+
+    @property
+    def drawer(self) -> keras.Model:
+        """The generator that is measured and used: the averaged one if there is one."""
+        return self.averaged or self.generator
 
     def checkpoint(self) -> tf.train.Checkpoint:
         """The objects that are saved and restored; the sums are among them, so that resumed summaries are the same."""
+        averaged = {"averaged": self.averaged} if self.averaged else {}
         return tf.train.Checkpoint(
+            **averaged,
             generator=self.generator,
             discriminator=self.discriminator,
             generator_optimizer=self.generator_optimizer.checkpoint(),

@@ -1,0 +1,161 @@
+"""What the workers of one run agree on: whatever changes the course of a run is decided over all of them first."""
+
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Protocol
+
+import numpy as np
+import tensorflow as tf
+from numpy.typing import NDArray
+
+from trainer.cluster import Cluster
+from trainer.errors import ExitCode, PeerLostError
+
+log = logging.getLogger(__name__)
+
+LOOK_EVERY_SECONDS = 1.0
+# What TensorFlow raises when a peer is dead or hangs; alone, none of these comes from a healthy step.
+PEER_ERRORS = (tf.errors.UnavailableError, tf.errors.DeadlineExceededError, tf.errors.AbortedError, tf.errors.CancelledError)
+_PEER_WORDS = ("Connection reset by peer", "Socket closed", "coordination service", "Collective ops is aborted", "CollectiveOps")
+
+Vector = NDArray[np.float64]
+
+
+class Workers(Protocol):
+    """The workers of a run, seen from one of them; every method is called by all of them, in the same order."""
+
+    size: int
+    index: int
+
+    def add_up(self, values: Vector) -> Vector:
+        """The sum of each element over the workers."""
+
+    def any(self, here: bool) -> bool:
+        """Whether it is so on any worker."""
+
+    def leave(self) -> None:
+        """Wait until all are here; the last thing that a worker does."""
+
+
+class Alone:
+    """A process that trains by itself, on however many devices."""
+
+    size, index = 1, 0
+
+    def add_up(self, values: Vector) -> Vector:
+        """What is here is all."""
+        return values
+
+    def any(self, here: bool) -> bool:
+        """What is here is all."""
+        return here
+
+    def leave(self) -> None:
+        """Nobody to wait for."""
+
+
+class Together:
+    """Workers that reduce over the strategy's own collectives."""
+
+    def __init__(self, strategy: tf.distribute.Strategy, cluster: Cluster) -> None:
+        self.size, self.index = cluster.size, cluster.index
+        self._strategy = strategy
+        self._local = strategy.num_replicas_in_sync // cluster.size
+        self._total = tf.function(self._reduce, input_signature=[tf.TensorSpec([None], tf.float64)])
+
+    def _reduce(self, values: tf.Tensor) -> tf.Tensor:
+        def once() -> tf.Tensor:
+            """One replica of each worker brings the worker's values; the others bring zeros."""
+            context = tf.distribute.get_replica_context()
+            brings = tf.equal(context.replica_id_in_sync_group % self._local, 0)
+            return context.all_reduce(tf.distribute.ReduceOp.SUM, tf.where(brings, values, tf.zeros_like(values)))
+
+        return self._strategy.experimental_local_results(self._strategy.run(once))[0]
+
+    def add_up(self, values: Vector) -> Vector:
+        """The sum of each element over the workers."""
+        return np.asarray(self._total(tf.constant(values, tf.float64)).numpy(), np.float64)
+
+    def any(self, here: bool) -> bool:
+        """Whether it is so on any worker."""
+        return bool(self.add_up(np.array([float(here)]))[0])
+
+    def leave(self) -> None:
+        """Wait for all, so that none finds the chief gone in the middle of its last words; then their end is their own."""
+        try:
+            self.any(False)
+        except tf.errors.OpError as error:
+            log.info("a peer left a moment earlier (%s); all is done here", type(error).__name__)
+
+
+def meet(strategy: tf.distribute.Strategy, cluster: Cluster) -> Workers:
+    """The workers of this run."""
+    return Together(strategy, cluster) if cluster.size > 1 else Alone()
+
+
+@contextmanager
+def naming_lost_peers(cluster: Cluster) -> Iterator[None]:
+    """Turn what TensorFlow raises when a peer is gone into one line and the code that says: run all again.
+
+    Raises:
+        PeerLostError: a collective failed because of a peer.
+    """
+    try:
+        yield
+    except tf.errors.OpError as error:
+        known = isinstance(error, PEER_ERRORS) or any(words in error.message for words in _PEER_WORDS)
+        if cluster.size == 1 or not known:
+            raise
+        reason = error.message.strip().splitlines()[0][:200]
+        raise PeerLostError(
+            f"worker {cluster.index}: a peer was lost ({type(error).__name__}: {reason}); run all workers again: "
+            "they go on from the newest checkpoint"
+        ) from error
+
+
+class Watchdog:
+    """A thread that ends the process when nothing has moved for too long: TensorFlow does not notice every hanging peer."""
+
+    def __init__(self, seconds: float, progress: Callable[[], int]) -> None:
+        """Watch `progress`, a number that grows with every step."""
+        self._seconds, self._progress = seconds, progress
+        self._over = threading.Event()
+        self._moved = time.monotonic()
+
+    def beat(self) -> None:
+        """Something was done that is no step."""
+        self._moved = time.monotonic()
+
+    def __enter__(self) -> "Watchdog":
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        seen = self._progress()
+        while not self._over.wait(LOOK_EVERY_SECONDS):
+            now = self._progress()
+            if now != seen:
+                seen = now
+                self.beat()
+            if time.monotonic() - self._moved > self._seconds:
+                self._end(now)
+
+    def _end(self, step: int) -> None:
+        print(
+            f"trainer: no step for {self._seconds:.0f} s after step {step}: a peer hangs or is out of reach; run all workers "
+            "again: they go on from the newest checkpoint (runtime.peer_timeout_seconds sets how long to wait)",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(ExitCode.PEER_LOST)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._over.set()
+        self._thread.join()

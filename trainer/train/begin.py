@@ -1,0 +1,232 @@
+"""All that comes before the first step: devices, data, the run's folder, the other workers; then the strategy.
+
+MultiWorkerMirroredStrategy has to be TensorFlow's first act, and TensorFlow waits for missing workers in silence. So whatever
+can be found wrong is found before it, in plain Python, and the workers meet without TensorFlow first.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tensorflow as tf
+
+from trainer.cluster import Cluster
+from trainer.config import Config, leaves
+from trainer.data.pipeline import PairData
+from trainer.data.sample import ensure_sample
+from trainer.errors import TrainerError, UserError
+from trainer.runtime import strategy as devices
+from trainer.runtime.checkpoints import Checkpoints, Marker
+from trainer.runtime.rendezvous import Message, Rendezvous
+from trainer.runtime.run_folder import NonChiefFolder, RunFolder, fingerprint
+from trainer.runtime.strategy import Choice, Devices
+from trainer.runtime.versions import run_notes, warn_of_changes
+from trainer.train.block import check_batch, fitting_batch_sizes
+
+log = logging.getLogger(__name__)
+
+# Each worker may have its own paths and threads; all else must be the same.
+OWN_SETTINGS = ("data.dir", "data.cache", "runtime.threads", "runtime.rendezvous_seconds")
+
+
+@dataclass(frozen=True)
+class Order:
+    """What the command line and the environment ask for.
+
+    Attributes:
+        config: the settings.
+        model_dir: the run's folder.
+        wanted: the strategy by name.
+        cluster: where this process stands.
+        adaptable: the batch size is nobody's wish, so it may be raised to a multiple of the replicas.
+    """
+
+    config: Config
+    model_dir: Path
+    wanted: str = "auto"
+    cluster: Cluster = field(default_factory=Cluster)
+    adaptable: bool = False
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run starts with.
+
+    Attributes:
+        config: the settings, the batch size adapted.
+        folder, data, strategy: what they say.
+        newest: the checkpoint to go on from, the same on all workers; None at the beginning.
+        finished: there is nothing left to do.
+        mark: the fingerprint of config and data, under which a failure is recorded.
+    """
+
+    config: Config
+    folder: RunFolder
+    data: PairData
+    strategy: tf.distribute.Strategy
+    newest: Marker | None
+    finished: bool
+    mark: str
+
+
+def begin(order: Order) -> Start:
+    """Make everything ready for the first step.
+
+    Raises:
+        UserError: config, data, devices, folder or environment must change first.
+        PeerLostError: a worker did not come.
+    """
+    threads = devices.configure_threads(order.config.runtime)
+    have = devices.configure_devices(order.config.runtime)
+    choice = devices.choose(order.wanted, order.cluster, have)
+    alone = devices.build(choice, order.cluster, have) if choice.name != "multi_worker_mirrored" else None
+    replicas = alone.num_replicas_in_sync if alone else order.cluster.size * len(have.mirrored)
+    ready = Preparation(order, replicas, threads)
+    plan = ready.meet(have) if alone is None else ready.by_itself()
+    if plan["finished"]:
+        return ready.start(alone or tf.distribute.get_strategy(), plan)
+    strategy = alone or devices.build(choice, order.cluster, have)
+    ready.say_what_begins(choice, devices.describe(strategy, have, threads))
+    return ready.start(strategy, plan)
+
+
+class Preparation:
+    """The folder, the data and the checkpoint of a run, before any device is touched."""
+
+    def __init__(self, order: Order, replicas: int, threads: int) -> None:
+        self._order, self._replicas, self._threads = order, replicas, threads
+        kind = RunFolder if order.cluster.is_chief else NonChiefFolder
+        self.folder = kind(order.model_dir)
+        self.config = order.config
+        self.data: PairData | None = None
+
+    def by_itself(self) -> Message:
+        """Prepare a process without peers."""
+        self._look_at_own()
+        return self.as_chief()
+
+    def meet(self, have: Devices) -> Message:
+        """Come to the rendezvous, with what was found here."""
+        failure = self._failure_of(self._look_at_own)
+        digest = self.data.manifest.digest() if self.data else "the packaged sample"
+        meeting = Rendezvous(self._order.cluster, self._trains(have, digest), self.config.runtime.rendezvous_seconds)
+        if not self._order.cluster.is_chief:
+            return meeting.as_worker(self._follow, failure)
+
+        def prepare() -> Message:
+            if failure:
+                raise failure
+            return self.as_chief()
+
+        return meeting.as_chief(prepare)
+
+    @staticmethod
+    def _failure_of(act: Callable[[], None]) -> TrainerError | None:
+        try:
+            act()
+        except TrainerError as failure:
+            return failure
+        return None
+
+    def _trains(self, have: Devices, digest: str) -> dict[str, str]:
+        """What must be the same on every worker, by name."""
+        settings = {key: str(value) for key, value in leaves(self._order.config) if key not in OWN_SETTINGS}
+        return settings | {"devices": ", ".join(have.mirrored), "data": digest} | software(run_notes(0, ""))
+
+    def _look_at_own(self) -> None:
+        """Find out what can be known without writing anything."""
+        self._adapt_batch()
+        if self.config.data.dir:
+            self.data = PairData(Path(self.config.data.dir), self.config).check_training()
+
+    def _adapt_batch(self) -> None:
+        """The sample's own batch size becomes a multiple of the replicas; the one that its run began with stays, if it can."""
+        train = self.config.train
+        if self._order.adaptable and train.batch_size % (parts := self._replicas * train.microbatches):
+            saved = self.folder.saved_config()
+            began = saved.train.batch_size if saved else 0
+            size = began if began and began % parts == 0 else fitting_batch_sizes(train.batch_size, parts)[1]
+            log.info(
+                "train.batch_size: %d does not divide over %d replicas; the sample trains with %d", train.batch_size, parts, size
+            )
+            self.config = self.config.model_copy(update={"train": train.model_copy(update={"batch_size": size})})
+        check_batch(self.config, self._replicas)
+
+    def as_chief(self) -> Message:
+        """Claim the folder and choose the checkpoint; what all workers have to know."""
+        self.folder.claim()
+        self.folder.check_config(self.config)
+        self._read_data(ensure_sample)
+        mark = fingerprint(self.config, self._data().folder)
+        self.folder.check_failure(mark)
+        newest = Checkpoints(self.folder.checkpoints, self.config.train.keep).newest_whole()
+        finished = newest is not None and is_finished(newest, self.folder, self._data(), self.config)
+        if not finished:
+            self._note_what_runs()
+        return {"token": self.folder.token, "prefix": newest.prefix if newest else None, "finished": finished}
+
+    def _read_data(self, sample: Callable[[Path], Path]) -> None:
+        if self.data is None:
+            self.data = PairData(sample(self.folder.sample_data), self.config).check_training()
+
+    def _data(self) -> PairData:
+        assert self.data is not None
+        return self.data
+
+    def _note_what_runs(self) -> None:
+        """Write config.yaml with versions, threads, replicas and data; say what changed since the run began.
+
+        Raises:
+            UserError: the run was trained on other data.
+        """
+        data, folder = self._data(), self.folder
+        before = folder.notes()
+        now = run_notes(self._threads, data.manifest.digest()) | {"replicas": str(self._replicas)}
+        if before.get("data", now["data"]) != now["data"]:
+            raise UserError(f"{folder.path}: this run was trained on other data than {data.folder}; use another --model_dir")
+        warn_of_changes(before, now)
+        folder.write_config(self.config, now)
+        folder.write_data(data.manifest.about())
+
+    def _follow(self, plan: Message) -> None:
+        """See whether the chief's folder, and the checkpoint in it, are here too.
+
+        Raises:
+            UserError: this worker has another folder of that name.
+        """
+        place = f"--model_dir={self.folder.path}"
+        advice = "every worker must see the same folder: put it on a shared file system"
+        if not self.folder.is_claimed_with(plan["token"]):
+            raise UserError(f"{place}: is not the chief's folder but one of this host; {advice}")
+        if plan["prefix"] and not self._marker(plan["prefix"]):
+            raise UserError(f"{place}: the chief goes on from {plan['prefix']}, which is not there; {advice}")
+        self._read_data(lambda folder: folder)
+
+    def _marker(self, prefix: str | None) -> Marker | None:
+        return Checkpoints(self.folder.checkpoints, self.config.train.keep).marker(prefix) if prefix else None
+
+    def say_what_begins(self, choice: Choice, where: str) -> None:
+        """Two lines, so that nobody trains for a day on the wrong thing."""
+        data = self._data()
+        source = data.folder if self.config.data.dir else "the packaged sample; --data_dir names another data set"
+        log.info("strategy %s (%s): %s", choice.name, choice.why, where)
+        pairs, name = data.train.examples, data.manifest.name
+        log.info("training on %s (%s), %d pairs, into %s", name, source, pairs, self.folder.path)
+
+    def start(self, strategy: tf.distribute.Strategy, plan: Message) -> Start:
+        """Everything together."""
+        data = self._data()
+        mark = fingerprint(self.config, data.folder)
+        return Start(self.config, self.folder, data, strategy, self._marker(plan["prefix"]), plan["finished"], mark)
+
+
+def software(notes: dict[str, str]) -> dict[str, str]:
+    """The versions among a run's notes."""
+    return {name: notes[name] for name in ("trainer", "tensorflow", "keras")}
+
+
+def is_finished(newest: Marker, folder: RunFolder, data: PairData, config: Config) -> bool:
+    """Whether all steps are done, and the test split, if there is one, is measured."""
+    measured = any(entry["split"] == "test" and entry["step"] == newest.step for entry in folder.metrics())
+    return newest.step >= config.train.steps and not newest.pending and (measured or not data.split("test").examples)

@@ -1,0 +1,74 @@
+"""The inner loop, on the devices: batches dealt to replicas, and a block of steps as one graph."""
+
+from collections.abc import Callable, Iterator, Mapping
+
+import tensorflow as tf
+
+from trainer.config import Config
+from trainer.data.pipeline import PairData
+from trainer.errors import UserError
+from trainer.runtime.preemption import StopSignal
+from trainer.train.optimizer import Clock, read_clock
+from trainer.train.state import TrainState
+from trainer.train.step import StepResult, train_step
+
+Batch = Mapping[str, tf.Tensor]
+Batches = Iterator[Batch]
+
+
+def fitting_batch_sizes(batch_size: int, parts: int) -> tuple[int, int]:
+    """The nearest batch sizes, below (or equal to the least possible) and above, that divide into equal parts."""
+    below = batch_size // parts * parts
+    return max(parts, below), below + parts
+
+
+def check_batch(config: Config, replicas: int) -> None:
+    """Refuse a global batch that cannot be divided evenly.
+
+    Raises:
+        UserError: with the nearest sizes that can.
+    """
+    batch, parts = config.train.batch_size, replicas * config.train.microbatches
+    if batch % parts:
+        sizes = " or ".join(str(size) for size in sorted(set(fitting_batch_sizes(batch, parts))))
+        shared = f"{replicas} replicas" + (f" times {config.train.microbatches} microbatches" if parts > replicas else "")
+        raise UserError(f"train.batch_size: got {batch}, allowed: a multiple of {parts} for {shared}, such as {sizes}")
+
+
+def deal(strategy: tf.distribute.Strategy, data: PairData, config: Config, first_step: int) -> Batches:
+    """The global batches from first_step on: replica r of R takes the r-th of R equal runs of places in each batch.
+
+    A worker reads only its own places. One device takes a plain iterator: a distributed one costs a fifth of a small step.
+    """
+    replicas, batch = strategy.num_replicas_in_sync, config.train.batch_size
+    if isinstance(strategy, tf.distribute.OneDeviceStrategy):
+        return iter(data.training_batches(first_step, config.train.steps))
+
+    def of_worker(context: tf.distribute.InputContext) -> tf.data.Dataset:
+        share = batch // context.num_input_pipelines
+        places = range(context.input_pipeline_id * share, (context.input_pipeline_id + 1) * share)
+        return data.training_batches(first_step, places=places, replicas=replicas // context.num_input_pipelines)
+
+    return iter(strategy.distribute_datasets_from_function(of_worker))
+
+
+def make_block(
+    strategy: tf.distribute.Strategy, state: TrainState, config: Config, stop: StopSignal, batches: Batches
+) -> Callable[[tf.Tensor], None]:
+    """A graph function: run steps until `state.step` is its argument, any worker must stop, or one was not finite."""
+
+    def step(batch: Batch, clock: Clock, asked: tf.Tensor) -> StepResult:
+        return train_step(state, config, batch, clock, asked)
+
+    def block(until: tf.Tensor) -> None:
+        stopping = tf.constant(False)
+        while (state.step < until) & state.healthy & ~stopping:
+            tf.autograph.experimental.set_loop_options(parallel_iterations=1)
+            clock = read_clock(config, state.step)
+            of_replicas = strategy.run(step, (next(batches), clock, stop.flag.read_value()))
+            result = tf.nest.map_structure(lambda value: strategy.experimental_local_results(value)[0], of_replicas)
+            state.record(result.losses, result.finite)
+            stopping = result.stop
+
+    compiled: Callable[[tf.Tensor], None] = tf.function(block)
+    return compiled
