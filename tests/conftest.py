@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 
@@ -54,12 +55,11 @@ def float64() -> Iterator[None]:
     keras.config.set_dtype_policy("float32")
 
 
-def start_trainer(*arguments: str, **environment: str) -> subprocess.Popen[str]:
-    """`trainer ARGUMENTS` as its own process."""
+def start_trainer(*arguments: str, output: TextIO | None = None, **environment: str) -> subprocess.Popen[str]:
+    """`trainer ARGUMENTS` as its own process; both its streams go to `output`, if that is given."""
     command = [sys.executable, "-m", "trainer", *arguments]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ) | environment
-    )
+    out, err = (output, subprocess.STDOUT) if output else (subprocess.PIPE, subprocess.PIPE)
+    return subprocess.Popen(command, stdout=out, stderr=err, text=True, env=dict(os.environ) | environment)
 
 
 def run_trainer(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from trainer.config import Config, config_from_tree, differences, field_info, leaves, load_config, to_tree
+from trainer.config import Config, RuntimeConfig, config_from_tree, differences, field_info, leaves, load_config, to_tree
 from trainer.errors import ConfigError
 
 PUBLISHED = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
@@ -103,7 +103,8 @@ def test_only_paths_steps_intervals_and_machine_may_change() -> None:
     changeable = {key for key, _ in leaves(Config()) if field_info(key).json_schema_extra}
     assert changeable == {
         "data.dir", "data.cache", "train.steps", "train.steps_per_loop", "train.checkpoint_every", "train.summary_every",
-        "train.sample_every", "train.evaluate_every", "train.keep", "runtime.threads",
+        "train.sample_every", "train.evaluate_every", "train.keep", "train.microbatches",
+        *(f"runtime.{name}" for name in RuntimeConfig.model_fields),
     }  # fmt: skip
 
 

@@ -193,6 +193,7 @@ class Rendezvous:
             TrainerError: what any of the workers found wrong.
         """
         deadline = time.monotonic() + self.seconds
+        own_failure = own_failure or _taken(self.cluster.workers[self.cluster.index])
         line = Line(self._reach_chief(deadline))
         try:
             line.send(self._hello(own_failure))
@@ -250,6 +251,15 @@ def _heard(line: Line, seconds: float) -> Message:
     return message
 
 
+def _taken(address: str) -> TrainerError | None:
+    """Whether this worker's own port is taken: TensorFlow would find out only after the meeting."""
+    try:
+        _listen(address).close()
+    except PeerLostError as failure:
+        return failure
+    return None
+
+
 def _listen(address: str) -> socket.socket:
     port = int(address.rpartition(":")[2])
     listener = socket.socket(socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET)
@@ -260,7 +270,7 @@ def _listen(address: str) -> socket.socket:
         listener.bind(("", port))
     except OSError as error:
         listener.close()
-        raise PeerLostError(f"port {port}, where the workers are to meet, cannot be used: {error.strerror}") from error
+        raise PeerLostError(f"port {port}, where this worker is to listen, cannot be used: {error.strerror}") from error
     listener.listen(128)
     listener.settimeout(RETRY_SECONDS)
     return listener

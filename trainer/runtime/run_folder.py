@@ -21,7 +21,7 @@ from trainer.runtime import files
 from trainer.runtime.pictures import save_grid
 
 LOCK_SECONDS = 10.0
-SEE_SECONDS = 15.0  # network file systems show a new file late
+SEE_SECONDS = 5.0  # network file systems show a new file late
 
 Columns = Sequence[tuple[str, NDArray[np.uint8]]]
 
