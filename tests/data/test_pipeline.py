@@ -1,3 +1,4 @@
+import os
 import shutil
 from pathlib import Path
 
@@ -132,3 +133,72 @@ def test_half_made_sample_is_made_again(tmp_path: Path) -> None:
     (tmp_path / "data" / "train-00000-of-00002.tfrecord").write_bytes(b"torn")
     assert records.read_manifest(ensure_sample(tmp_path / "data")).examples("train") == 40
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def places_of(worker: int, workers: int, batch: int = 4) -> range:
+    return range(worker * batch // workers, (worker + 1) * batch // workers)
+
+
+@pytest.fixture
+def data_of_four(sample_folder: Path) -> PairData:
+    return PairData(sample_folder, small_config("train.batch_size=4"))
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_any_number_of_workers_forms_the_same_global_batches(workers: int, data_of_four: PairData) -> None:
+    """Four workers are more than the sample has shards."""
+    together = list(data_of_four.training_batches(3, 15))
+    parts = [list(data_of_four.training_batches(3, 15, places=places_of(worker, workers))) for worker in range(workers)]
+    for whole, *pieces in zip(together, *parts, strict=True):
+        for name in ("input", "target", "index"):
+            np.testing.assert_array_equal(whole[name], np.concatenate([piece[name] for piece in pieces]))
+
+
+@pytest.mark.parametrize("replicas", [2, 4])
+def test_replicas_of_a_worker_take_their_places_in_turn(replicas: int, data_of_four: PairData) -> None:
+    elements_of_replicas = list(data_of_four.training_batches(0, 3, replicas=replicas))
+    assert len(elements_of_replicas) == 3 * replicas
+    places = [place for element in elements_of_replicas for place in element["index"].numpy().tolist()]
+    assert places == [0, 1, 2, 3] * 3
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_workers_read_disjoint_bytes_and_together_each_once(
+    workers: int, sample_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every read of the system is noted, over one epoch of each worker's own process state."""
+    read = [bytes_read(sample_folder, monkeypatch, places_of(worker, workers), (0, 10)) for worker in range(workers)]
+    once = [part for parts in read for part in parts]
+    assert len(once) == len(set(once))
+    shards = records.read_manifest(sample_folder).splits["train"]
+    assert sum(length for _, _, length in once) == sum(shard.bytes for shard in shards)
+
+
+def bytes_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, places: range, steps: tuple[int, int]
+) -> list[tuple[str, int, int]]:
+    """(file, offset, length) of every read while the batches of some steps are formed."""
+    found, whole = [], os.pread
+
+    def noting(descriptor: int, length: int, offset: int) -> bytes:
+        found.append((str(Path(f"/proc/self/fd/{descriptor}").readlink()), offset, length))
+        return whole(descriptor, length, offset)
+
+    monkeypatch.setattr(os, "pread", noting)
+    data = PairData(folder, small_config("train.batch_size=4"))
+    list(data.training_batches(*steps, places=places))
+    monkeypatch.undo()
+    return found
+
+
+def test_going_on_at_nine_tenths_of_an_epoch_reads_the_last_tenth(sample_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    all_of_it = bytes_read(sample_folder, monkeypatch, range(4), (0, 10))
+    rest = bytes_read(sample_folder, monkeypatch, range(4), (9, 10))
+    assert len(rest) * 10 == len(all_of_it)
+    assert set(rest) < set(all_of_it)
+
+
+def test_batches_without_end_are_known_to_have_none(small_data: PairData) -> None:
+    dataset = small_data.training_batches(0)
+    assert int(dataset.cardinality()) == tf.data.INFINITE_CARDINALITY
+    assert all(spec.shape.is_fully_defined() for spec in dataset.element_spec.values())

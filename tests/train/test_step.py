@@ -198,3 +198,70 @@ def test_losses_are_summed_over_steps_until_reset() -> None:
     assert state.mean_losses() == {}
     assert state.latest_losses()["l1"] == 3.0
     assert int(state.step) == 2
+
+
+@pytest.mark.parametrize("norm", ["instance", "none"])
+def test_microbatches_give_the_gradients_of_the_whole_batch(norm: str) -> None:
+    whole = recorded_gradients(f"model.norm={norm}")
+    parts = recorded_gradients(f"model.norm={norm}", "train.microbatches=2")
+    for network_of_whole, network_of_parts in zip(whole, parts, strict=True):
+        for expected, found in zip(network_of_whole, network_of_parts, strict=True):
+            np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12 * np.abs(expected).max())
+
+
+def test_microbatches_move_the_generators_statistics_once() -> None:
+    """Both halves of the batch equal: each half moves the statistics once, though the generator draws twice."""
+    config, state = make("train.microbatches=2", "model.dropout=0.0")
+    twice = {name: tf.repeat(value[:1], 2, axis=0) for name, value in BATCHES[0].items()}
+    take_step(state, config, twice)
+    _, plain = make("model.dropout=0.0")
+    keys = example_keys(0, plain.step, twice["index"][:1])
+    for _ in range(2):
+        plain.generator([twice["input"][:1], keys], training=True)
+    for mine, other in zip(state.generator.non_trainable_variables, plain.generator.non_trainable_variables, strict=True):
+        np.testing.assert_allclose(mine.numpy(), other.numpy(), rtol=1e-9)
+
+
+@pytest.mark.parametrize("network", [0, 1])
+def test_clipping_keeps_the_direction_and_limits_the_norm(network: int) -> None:
+    whole = recorded_gradients()[network]
+    norm = np.sqrt(sum(np.sum(gradient**2) for gradient in whole))
+    clipped = recorded_gradients(f"optimizer.clip_norm={norm / 4}")[network]
+    for before, after in zip(whole, clipped, strict=True):
+        np.testing.assert_allclose(after, before / 4, rtol=1e-9)
+    untouched = recorded_gradients(f"optimizer.clip_norm={norm * 2}")[network]
+    for before, after in zip(whole, untouched, strict=True):
+        np.testing.assert_allclose(after, before, rtol=1e-12)
+
+
+def test_the_average_follows_the_weights_by_its_formula() -> None:
+    config, state = make("train.ema_decay=0.5")
+    assert state.averaged is not None
+    expected = [weight.numpy() for weight in state.averaged.trainable_variables]
+    for number, batch in enumerate(BATCHES, 1):
+        result = take_step(state, config, batch)
+        state.record(result.losses, result.finite)
+        decay = min(0.5, (1 + number) / (10 + number))
+        weights = [variable.numpy() for variable in trainable(state.generator)]
+        expected = [decay * mean + (1 - decay) * weight for mean, weight in zip(expected, weights, strict=True)]
+    for mine, other in zip(state.averaged.trainable_variables, expected, strict=True):
+        np.testing.assert_allclose(mine.numpy(), other, rtol=1e-9)
+    both = zip(state.averaged.non_trainable_variables, state.generator.non_trainable_variables, strict=True)
+    assert all(np.array_equal(mine.numpy(), other.numpy()) for mine, other in both)
+    assert state.drawer is state.averaged
+
+
+def test_the_average_stays_where_a_step_is_not_finite() -> None:
+    config, state = make("train.ema_decay=0.5")
+    assert state.averaged is not None
+    before = [weight.numpy() for weight in state.averaged.trainable_variables]
+    take_step(state, config, dict(BATCHES[0], target=tf.constant(np.full((2, 64, 64, 3), np.nan))))
+    for old, weight in zip(before, state.averaged.trainable_variables, strict=True):
+        np.testing.assert_array_equal(old, weight.numpy())
+
+
+def test_a_wish_to_stop_comes_back_from_the_step() -> None:
+    config, state = make()
+    clock = read_clock(config, state.step)
+    assert not bool(train_step(state, config, BATCHES[0], clock, tf.constant(False)).stop)
+    assert bool(train_step(state, config, BATCHES[0], clock, tf.constant(True)).stop)

@@ -22,7 +22,7 @@ from trainer.runtime.rendezvous import Message, Rendezvous
 from trainer.runtime.run_folder import NonChiefFolder, RunFolder, fingerprint
 from trainer.runtime.strategy import Choice, Devices
 from trainer.runtime.versions import run_notes, warn_of_changes
-from trainer.train.block import check_batch, fitting_batch_sizes
+from trainer.train.block import check_replicas, fitting_batch_sizes
 
 log = logging.getLogger(__name__)
 
@@ -151,7 +151,7 @@ class Preparation:
                 "train.batch_size: %d does not divide over %d replicas; the sample trains with %d", train.batch_size, parts, size
             )
             self.config = self.config.model_copy(update={"train": train.model_copy(update={"batch_size": size})})
-        check_batch(self.config, self._replicas)
+        check_replicas(self.config, self._replicas)
 
     def as_chief(self) -> Message:
         """Claim the folder and choose the checkpoint; what all workers have to know."""

@@ -22,12 +22,18 @@ def fitting_batch_sizes(batch_size: int, parts: int) -> tuple[int, int]:
     return max(parts, below), below + parts
 
 
-def check_batch(config: Config, replicas: int) -> None:
-    """Refuse a global batch that cannot be divided evenly.
+def check_replicas(config: Config, replicas: int) -> None:
+    """Refuse what so many replicas cannot do.
 
     Raises:
-        UserError: with the nearest sizes that can.
+        UserError: the global batch cannot be divided evenly (it names the nearest sizes that can), or a norm would have to
+            reduce over replicas inside compiled code.
     """
+    if replicas > 1 and config.runtime.jit and config.model.norm == "sync_batch":
+        raise UserError(
+            f"runtime.jit: got true, allowed: false with model.norm=sync_batch on {replicas} replicas: "
+            "XLA cannot compile its sums over replicas"
+        )
     batch, parts = config.train.batch_size, replicas * config.train.microbatches
     if batch % parts:
         sizes = " or ".join(str(size) for size in sorted(set(fitting_batch_sizes(batch, parts))))

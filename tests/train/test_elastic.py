@@ -1,0 +1,63 @@
+"""A run that is begun on two replicas goes on with any other number, on the same global batches."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.conftest import run_trainer
+from tests.train.test_loop import arguments as settings_of
+from tests.train.test_loop import scalars
+from tests.workers import Workers
+
+TWO = ("--strategy=mirrored", "--set=runtime.cpu_devices=2")
+
+
+def arguments(folder: Path, steps: int) -> list[str]:
+    settings = ("train.batch_size=4", "train.summary_every=1", "train.evaluate_every=20", "model.norm=sync_batch")
+    return settings_of(folder, *settings, f"train.steps={steps}", "train.checkpoint_every=20", "optimizer.schedule=constant")
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty steps on two replicas."""
+    folder = tmp_path_factory.mktemp("elastic") / "half"
+    done = run_trainer(*arguments(folder, 20), *TWO)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(half: Path) -> Path:
+    """Twenty more on the same two."""
+    folder = Path(shutil.copytree(half, half.with_name("whole")))
+    done = run_trainer(*arguments(folder, 40), *TWO)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("workers", "devices"),
+    [(1, 1), pytest.param(1, 4, marks=pytest.mark.slow), pytest.param(2, 1, marks=pytest.mark.slow)],
+)
+def test_it_goes_on_with_another_number_of_replicas(workers: int, devices: int, half: Path, whole: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(half, tmp_path / "run"))
+    flags = [*arguments(folder, 40), f"--set=runtime.cpu_devices={devices}"]
+    if workers == 1:
+        done = run_trainer(*flags)
+        assert done.returncode == 0, done.stderr
+        said = done.stderr
+    else:
+        several = Workers(tmp_path / "logs", *flags, count=workers)
+        assert several.codes() == {0: 0, 1: 0}
+        said = several.log(0)
+    replicas = workers * devices
+    assert f"since the run began: replicas 2 -> {replicas}; results will agree to rounding, not bit for bit" in said
+    expected, found = scalars(whole), scalars(folder)
+    assert [entry[:2] for entry in found] == [entry[:2] for entry in expected]
+    apart = max(abs(a - b) / max(abs(a), 1e-3) for (*_, a), (*_, b) in zip(expected, found, strict=True))
+    print(f"{workers} workers of {devices}: losses and metrics differ by {apart:.1e} at most")
+    assert apart < 1e-3
+    later = [value for step, tag, value in expected if tag == "loss/l1" and step > 20]
+    assert np.std(later) > 0.1, "batches differ from each other by far more than that"
