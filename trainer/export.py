@@ -110,14 +110,15 @@ def stock_copy(network: keras.Model, run: TrainedRun) -> keras.Model:
 
 def _stock_layer(layer: keras.layers.Layer, keys: tf.Tensor, model: ModelConfig) -> keras.layers.Layer:
     """The layer itself if it is Keras's own, else one that computes the same at inference."""
+    named = {"name": layer.name, "dtype": layer.dtype_policy}
     if isinstance(layer, KeyedDropout):
         ones = tf.ones((1, *layer.output.shape[1:]))
         mask = layer((ones, keys), training=False).numpy()[0]
-        return keras.layers.Rescaling(mask.tolist(), name=layer.name)
+        return keras.layers.Rescaling(mask.tolist(), **named)
     if isinstance(layer, InstanceNorm) or (isinstance(layer, BatchNorm) and model.inference == "paper"):
-        return keras.layers.GroupNormalization(groups=-1, epsilon=layer.epsilon, name=layer.name)
+        return keras.layers.GroupNormalization(groups=-1, epsilon=layer.epsilon, **named)
     if isinstance(layer, BatchNorm):
-        return keras.layers.BatchNormalization(epsilon=layer.epsilon, momentum=layer.momentum, name=layer.name)
+        return keras.layers.BatchNormalization(epsilon=layer.epsilon, momentum=layer.momentum, **named)
     copy: keras.layers.Layer = type(layer).from_config(layer.get_config())
     return copy
 

@@ -42,7 +42,8 @@ def model_card(config: Config, about: dict[str, Any], marker: Marker, folder: Ru
         f"# A pix2pix generator: {about['name']}",
         "",
         f"Draws {target['kind']} ({target['channels']} channels, {target['bit_depth']} bits) from {source['kind']} "
-        f"({source['channels']} channels, {source['bit_depth']} bits). Step {marker.step}, {config.model.inference} inference.",
+        f"({source['channels']} channels, {source['bit_depth']} bits). Step {marker.step}, {config.model.inference} inference"
+        + (f", the moving average of its weights (decay {decay:g})." if (decay := config.train.ema_decay) else "."),
         "",
         "## Data",
         "",

@@ -46,7 +46,7 @@ class TrainedRun:
         return 1 << depth_for(*self.config.data.image_size)
 
     def generator(self, *, any_size: bool = True) -> keras.Model:
-        """Build the generator and load its weights.
+        """Build the generator and load its weights, or their moving average if the run kept one.
 
         Raises:
             UserError: the checkpoint is of another network.
@@ -55,7 +55,8 @@ class TrainedRun:
         channels = (specs.input.channels, specs.target.channels)
         network = unet(config.model, config.data.image_size, *channels, config.seed, any_size=any_size)
         prefix = self.folder.checkpoints / self.marker.prefix
-        status = tf.train.Checkpoint(generator=network).read(str(prefix))
+        which = "averaged" if config.train.ema_decay else "generator"
+        status = tf.train.Checkpoint(**{which: network}).read(str(prefix))
         try:
             status.assert_existing_objects_matched().expect_partial()
         except AssertionError as error:

@@ -37,7 +37,8 @@ def check_replicas(config: Config, replicas: int) -> None:
     batch, parts = config.train.batch_size, replicas * config.train.microbatches
     if batch % parts:
         sizes = " or ".join(str(size) for size in sorted(set(fitting_batch_sizes(batch, parts))))
-        shared = f"{replicas} replicas" + (f" times {config.train.microbatches} microbatches" if parts > replicas else "")
+        factors = [(replicas, "replicas"), (config.train.microbatches, "microbatches")]
+        shared = " times ".join(f"{count} {name}" for count, name in factors if count > 1)
         raise UserError(f"train.batch_size: got {batch}, allowed: a multiple of {parts} for {shared}, such as {sizes}")
 
 
