@@ -44,8 +44,9 @@ format: $(VENV)/.installed-dev ## lay the code out
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-drawings: $(VENV)/.installed-cpu ## draw both networks from the code into docs/images
+drawings: $(VENV)/.installed-cpu ## draw networks and data flow from the code into docs/images
 	$(BIN)/python docs/draw_networks.py
+	$(BIN)/python docs/draw_distribution.py
 
 clean: ## remove the virtual environment and caches, not the runs
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

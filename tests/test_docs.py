@@ -4,14 +4,17 @@ import importlib.util
 import re
 from pathlib import Path
 
+import pytest
+
 from trainer.config import Config, leaves
 from trainer.errors import ExitCode
 
 ROOT = Path(__file__).parent.parent
 
 
-def test_drawings_are_of_the_networks_as_they_are() -> None:
-    spec = importlib.util.spec_from_file_location("draw_networks", ROOT / "docs" / "draw_networks.py")
+@pytest.mark.parametrize("program", ["draw_networks", "draw_distribution"])
+def test_drawings_are_of_the_code_as_it_is(program: str) -> None:
+    spec = importlib.util.spec_from_file_location(program, ROOT / "docs" / f"{program}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

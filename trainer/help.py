@@ -14,6 +14,10 @@ _EXAMPLES = {
                                                    go on with a run, for longer
   trainer --config=configs/facades.yaml --dry_run  show networks, data and plan, train nothing
 
+  trainer --strategy=mirrored --set runtime.cpu_devices=2
+                                                   several devices; --strategy=auto takes all there is, and all workers
+                                                   that TF_CONFIG, CLUSTER_SPEC or an Indexed Job's variables name
+
 The same command again goes on from the newest checkpoint in the run's folder; Ctrl-C or SIGTERM saves and stops.
 Without --config and --data_dir the sample's own config counts (24 filters, 1,400 steps); else the defaults below do,
 which are the paper's.
@@ -56,7 +60,7 @@ _EXIT_CODES = """Exit codes:
   1    unexpected; worth another try
   2    config, flags or data must change first
   3    the training diverged: a loss or gradient was not finite
-  75   a peer was lost (kept for training on several machines); run all again
+  75   a peer was lost, hangs or never came; run all workers again
   143  stopped by a signal; the last line says what was saved"""
 
 
