@@ -1,6 +1,7 @@
 """Draw how a global batch is formed and reduced, as SVG: python docs/draw_distribution.py (or: make drawings).
 
-The records are those that the order of the packaged sample's first two steps names; two workers of two replicas share a batch of 4.
+The records are those that the order of the packaged sample's first two steps names; two workers of two replicas share a batch
+of 4.
 """
 
 from collections.abc import Iterator
@@ -57,7 +58,8 @@ def replicas() -> Iterator[str]:
     for replica in range(REPLICAS):
         x = 70 + replica * 130
         yield arrow(x + 54, 238, x + 54, 274)
-        yield f'<rect x="{x}" y="276" width="108" height="92" rx="4" fill="{COLOURS[replica]}" fill-opacity="0.35" stroke="#444"/>'
+        look = f'rx="4" fill="{COLOURS[replica]}" fill-opacity="0.35" stroke="#444"'
+        yield f'<rect x="{x}" y="276" width="108" height="92" {look}/>'
         lines = (f"replica {replica}", "forward, backward", "loss = sum of its", f"examples / {BATCH}")
         yield from (text(x + 54, 294 + 20 * number, line, 12, "middle") for number, line in enumerate(lines))
         yield arrow(x + 54, 398, x + 54, 420)

@@ -64,15 +64,17 @@ def train(values: flags.FlagValues) -> str:
     config, model_dir = resolve(values)
     cluster = read_cluster(os.environ)
     _begin()
+    from trainer.train.begin import Order
+
+    order = Order(config, model_dir, values.strategy, cluster, adaptable=_is_untouched_sample(values))
     if values.dry_run:
         from trainer.train.plan import dry_run
 
-        return dry_run(config, model_dir)
-    from trainer.train.begin import Order
+        return dry_run(order)
     from trainer.train.loop import train as run
 
     signal.signal(signal.SIGTERM, _stop_before_training)
-    return run(Order(config, model_dir, values.strategy, cluster, adaptable=_is_untouched_sample(values)))
+    return run(order)
 
 
 def percentages(text: str) -> tuple[int, ...]:

@@ -76,7 +76,11 @@ def test_the_sample_alone_is_adapted_and_says_so(tmp_path: object) -> None:
     three = ("--strategy=mirrored", "--set=runtime.cpu_devices=3", *(f"--set={setting}" for setting in SMALL))
     done = run_trainer(f"--model_dir={tmp_path}/run", *three, "--set=train.steps=4", "--set=train.evaluate_every=0")
     assert done.returncode == 0, done.stderr
-    assert "train.batch_size: 1 does not divide over 3 replicas; the sample trains with 3" in done.stderr
+    assert "train.batch_size: the sample's 1 becomes 3, for 3 replicas" in done.stderr
+    again = run_trainer(
+        f"--model_dir={tmp_path}/run", *(f"--set={setting}" for setting in SMALL), "--set=train.steps=4", "--dry_run"
+    )
+    assert "one_device (no GPU found): replicas: 1, pairs for each: 3" in again.stdout, "what the run began with stays"
     assert "strategy mirrored (asked for): 3 replicas on CPUs" in done.stderr
     chosen = run_trainer(f"--model_dir={tmp_path}/other", *three, "--set=train.batch_size=4")
     assert chosen.returncode == 2

@@ -124,6 +124,22 @@ def five_steps(strategy: tf.distribute.Strategy, config: Config, data: PairData)
     return found | {"losses/last": state.latest.numpy()}
 
 
+def spoilt_step(strategy: tf.distribute.Strategy, data: PairData, config: Config) -> Arrays:
+    """The real optimisers; the last replica's L1 is infinite in the first step: what has moved, and what is said of it."""
+
+    def spoilt(target: tf.Tensor, drawn: tf.Tensor) -> tf.Tensor:
+        context = tf.distribute.get_replica_context()
+        bad = tf.equal(context.replica_id_in_sync_group, context.num_replicas_in_sync - 1)
+        return l1_loss(target, drawn) + tf.where(bad, tf.cast(np.inf, drawn.dtype), tf.cast(0, drawn.dtype))
+
+    state = TrainState(config, data.specs, strategy)
+    before = [variable.numpy() for variable in trainable(state.generator)]
+    with mock.patch.object(losses, "l1_loss", spoilt):
+        make_block(strategy, state, config, StopSignal(), deal(strategy, data, config, 0))(tf.constant(STEPS, tf.int64))
+    moved = [np.any(old != new.numpy()) for old, new in zip(before, trainable(state.generator), strict=True)]
+    return {"moved": np.any(moved), "healthy": state.healthy.numpy(), "step": state.step.numpy()}
+
+
 def adam_steps(strategy: tf.distribute.Strategy) -> Arrays:
     """The real optimiser, given the same gradients everywhere."""
     random = np.random.default_rng(7)
@@ -160,6 +176,8 @@ def main() -> None:
                     found[f"{precision}/{case}/{name}"] = array
         for name, array in adam_steps(strategy).items():
             found[f"{precision}/adam/{name}"] = array
+        for name, array in spoilt_step(strategy, data, config_of("model.norm=none")).items():
+            found[f"{precision}/spoilt/{name}"] = array
     np.savez(output, **found)
     os._exit(0)
 

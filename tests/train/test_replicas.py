@@ -64,7 +64,7 @@ def topologies(tmp_path_factory: pytest.TempPathFactory, sample_folder: Path) ->
 def differences(one: Found, other: Found, precision: str) -> dict[str, float]:
     """The largest difference within any tensor of a kind, relative to the tensor's largest value."""
     worst: dict[str, float] = defaultdict(float)
-    for name in (name for name in other if name.startswith(f"{precision}/")):
+    for name in (name for name in other if name.startswith(f"{precision}/") and "/spoilt/" not in name):
         kind = name.split("/")[2]
         scale = max(np.abs(one[name]).max(), np.finfo(one[name].dtype).tiny)
         worst[kind] = max(worst[kind], float(np.abs(one[name] - other[name]).max() / scale))
@@ -85,6 +85,13 @@ def assert_equal_in_float64(one: Found, others: list[Found]) -> None:
 def test_replicas_and_workers_take_the_step_of_one_device(workers: int, devices: int, topologies: Topologies) -> None:
     (one,) = topologies.run(1, 1, "float64", *QUICK)
     assert_equal_in_float64(one, topologies.run(workers, devices, "float64", *QUICK))
+
+
+@pytest.mark.parametrize(("workers", "devices"), [(1, 2), (2, 1)])
+def test_an_infinity_on_one_replica_moves_no_weight_on_any(workers: int, devices: int, topologies: Topologies) -> None:
+    for found in topologies.run(workers, devices, "float64", *QUICK):
+        said = {name: found[f"float64/spoilt/{name}"].item() for name in ("moved", "healthy", "step")}
+        assert said == {"moved": False, "healthy": False, "step": 0}
 
 
 @pytest.mark.slow

@@ -96,6 +96,13 @@ def _automatic(cluster: Cluster, devices: Devices) -> Choice:
     return Choice("one_device", "one GPU" if devices.gpus else "no GPU found")
 
 
+def count_replicas(choice: Choice, cluster: Cluster, devices: Devices) -> int:
+    """How many replicas a strategy of this host's devices will have, before it is built; not for TPUs, which tell only then."""
+    if choice.name == "one_device":
+        return 1
+    return len(devices.mirrored) * (cluster.size if choice.name == "multi_worker_mirrored" else 1)
+
+
 def build(choice: Choice, cluster: Cluster, devices: Devices) -> tf.distribute.Strategy:
     """Make the strategy.
 

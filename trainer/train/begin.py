@@ -81,7 +81,7 @@ def begin(order: Order) -> Start:
     have = devices.configure_devices(order.config.runtime)
     choice = devices.choose(order.wanted, order.cluster, have)
     alone = devices.build(choice, order.cluster, have) if choice.name != "multi_worker_mirrored" else None
-    replicas = alone.num_replicas_in_sync if alone else order.cluster.size * len(have.mirrored)
+    replicas = alone.num_replicas_in_sync if alone else devices.count_replicas(choice, order.cluster, have)
     ready = Preparation(order, replicas, threads)
     plan = ready.meet(have) if alone is None else ready.by_itself()
     if plan["finished"]:
@@ -136,22 +136,26 @@ class Preparation:
 
     def _look_at_own(self) -> None:
         """Find out what can be known without writing anything."""
-        self._adapt_batch()
+        self.config = self.adapted()
         if self.config.data.dir:
             self.data = PairData(Path(self.config.data.dir), self.config).check_training()
 
-    def _adapt_batch(self) -> None:
-        """The sample's own batch size becomes a multiple of the replicas; the one that its run began with stays, if it can."""
-        train = self.config.train
-        if self._order.adaptable and train.batch_size % (parts := self._replicas * train.microbatches):
-            saved = self.folder.saved_config()
-            began = saved.train.batch_size if saved else 0
-            size = began if began and began % parts == 0 else fitting_batch_sizes(train.batch_size, parts)[1]
-            log.info(
-                "train.batch_size: %d does not divide over %d replicas; the sample trains with %d", train.batch_size, parts, size
-            )
-            self.config = self.config.model_copy(update={"train": train.model_copy(update={"batch_size": size})})
-        check_replicas(self.config, self._replicas)
+    def adapted(self) -> Config:
+        """The config; the sample's own batch size becomes a multiple of the replicas, or what its run began with, if it can.
+
+        Raises:
+            UserError: so many replicas cannot share the batch.
+        """
+        config = self._order.config
+        train, parts = config.train, self._replicas * config.train.microbatches
+        saved = self.folder.saved_config()
+        began = saved.train.batch_size if saved else train.batch_size
+        if self._order.adaptable and (train.batch_size % parts or began != train.batch_size):
+            size = began if began % parts == 0 else fitting_batch_sizes(train.batch_size, parts)[1]
+            log.info("train.batch_size: the sample's %d becomes %d, for %d replicas", train.batch_size, size, self._replicas)
+            config = config.model_copy(update={"train": train.model_copy(update={"batch_size": size})})
+        check_replicas(config, self._replicas)
+        return config
 
     def as_chief(self) -> Message:
         """Claim the folder and choose the checkpoint; what all workers have to know."""

@@ -1,7 +1,6 @@
 """What a run would do, told without doing it: config, networks, data, steps, sizes."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import keras
 import yaml
@@ -10,8 +9,10 @@ from trainer.config import Config, to_tree
 from trainer.data.pipeline import PairData
 from trainer.data.sample import prepared_folder
 from trainer.model.discriminators import patch_convolutions, receptive_field
+from trainer.runtime import strategy as devices
 from trainer.runtime.checkpoints import Checkpoints
 from trainer.runtime.run_folder import RunFolder
+from trainer.train.begin import Order, Preparation
 from trainer.train.state import build_networks
 
 BYTES_PER_FLOAT = 4
@@ -94,11 +95,30 @@ def describe_run(folder: RunFolder, config: Config) -> str:
     return f"  into {folder.path}: {state}"
 
 
-def dry_run(config: Config, model_dir: Path) -> str:
-    """The report for this config; nothing is left on disk.
+def describe_devices(order: Order) -> tuple[Config, str]:
+    """The config, its batch size adapted if that is nobody's wish, and who would share the batch.
+
+    Raises:
+        UserError: the strategy or the batch size does not fit the devices.
+    """
+    have = devices.configure_devices(order.config.runtime)
+    choice = devices.choose(order.wanted, order.cluster, have)
+    if choice.name == "tpu":
+        return order.config, f"  strategy tpu ({choice.why}); its cores are counted when the run starts"
+    replicas = devices.count_replicas(choice, order.cluster, have)
+    config = Preparation(order, replicas, 0).adapted()
+    each = config.train.batch_size // replicas
+    return config, f"  strategy {choice.name} ({choice.why}): replicas: {replicas}, pairs for each: {each}"
+
+
+def dry_run(order: Order) -> str:
+    """The report for what is ordered; nothing is left on disk.
 
     Raises:
         DataError: the data set is missing or wrong.
+        UserError: the strategy or the batch size does not fit the devices.
     """
+    config, shared = describe_devices(order)
     with prepared_folder(config.data.dir) as folder:
-        return describe(config, PairData(folder, config).check_training()) + "\n" + describe_run(RunFolder(model_dir), config)
+        data = PairData(folder, config).check_training()
+        return "\n".join([describe(config, data), shared, describe_run(RunFolder(order.model_dir), config)])
