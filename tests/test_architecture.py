@@ -1,6 +1,7 @@
 """The laws that no single file can hold: who imports whom, who touches files, how long functions are."""
 
 import ast
+import re
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,19 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 FOUNDATION = {"trainer", "trainer.counter", "trainer.startup", "trainer.config", "trainer.cluster", "trainer.errors"}
 COMMANDS = {
     f"trainer.{name}"
-    for name in ("__main__", "arguments", "commands", "help", "model_card", "check", "evaluate", "predict", "export", "trained")
+    for name in (
+        "__main__",
+        "arguments",
+        "commands",
+        "help",
+        "model_card",
+        "check",
+        "evaluate",
+        "predict",
+        "export",
+        "trained",
+        "relay",
+    )
 }
 ROOMS = {"trainer.data", "trainer.model", "trainer.runtime"}
 
@@ -76,9 +89,9 @@ def test_only_cluster_and_the_entry_read_the_environment(path: Path) -> None:
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_only_data_and_runtime_write_files(path: Path) -> None:
-    writers = (".write_text(", ".write_bytes(", ".open(", "open(", ".mkdir(", ".unlink(")
+    writers = (r"\.write_text\(", r"\.write_bytes\(", r"\bopen\(", r"\.mkdir\(", r"\.unlink\(")
     if room_of(name_of(path)) not in {"trainer.data", "trainer.runtime"}:
-        assert [word for word in writers if word in path.read_text()] == []
+        assert [word for word in writers if re.search(word, path.read_text())] == []
 
 
 def functions() -> list[ast.FunctionDef]:

@@ -18,7 +18,7 @@ def test_list_of_flags_is_frozen() -> None:
     assert names == {
         "config", "set", "strategy", "data_dir", "model_dir", "dry_run", "help", "version",
         "source", "layout", "labels", "split_percent", "shard_mb", "processes", "skip_bad", "base_url",
-        "thumbnails", "split", "inference", "checkpoint", "input", "output", "seed", "formats",
+        "thumbnails", "split", "inference", "checkpoint", "input", "output", "seed", "formats", "log_format",
     }  # fmt: skip
 
 

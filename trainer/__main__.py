@@ -1,15 +1,17 @@
 """argv -> one command; errors -> exit codes; nothing else."""
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
 from trainer import __version__
 from trainer.arguments import parse
-from trainer.commands import COMMANDS
+from trainer.commands import COMMANDS, stop_at
 from trainer.errors import ExitCode, TrainerError
 from trainer.help import help_text
+from trainer.relay import relay, stop_with_the_relay
 
 
 def run(argv: Sequence[str]) -> str:
@@ -34,6 +36,7 @@ def _tell(error: BaseException, *lines: str) -> None:
 
 def told(argv: Sequence[str]) -> int:
     """Run, print the closing lines or what went wrong, and return the exit code."""
+    signal.signal(signal.SIGTERM, stop_at)
     try:
         print(run(argv), flush=True)
     except TrainerError as error:
@@ -48,12 +51,26 @@ def told(argv: Sequence[str]) -> int:
     return ExitCode.DONE
 
 
+def wants_json(argv: Sequence[str]) -> bool:
+    """Whether the lines are for machines; where the flags are wrong, that is told in the form that they ask for."""
+    try:
+        return bool(parse(argv)[1].log_format == "json")
+    except TrainerError:
+        return "--log_format=json" in argv
+
+
 def main() -> NoReturn:
     """The console script: run, print, and leave with a code from the table in errors.py.
 
     It leaves without the interpreter's own end: that frees input pipelines while their threads wait for the interpreter, and
     neither can go on.
     """
+    os._exit((relay if wants_json(sys.argv) else told)(sys.argv))
+
+
+def relayed() -> NoReturn:
+    """The child of the relay."""
+    stop_with_the_relay()
     os._exit(told(sys.argv))
 
 

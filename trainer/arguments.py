@@ -14,7 +14,7 @@ COMMANDS = {
     "predict": "draw the targets of pictures",
     "export": "write a trained generator for other programs",
 }
-_EVERYWHERE = ("help", "h", "version")
+_EVERYWHERE = ("help", "h", "version", "log_format")
 STRATEGIES = ("auto", "one_device", "mirrored", "multi_worker_mirrored", "tpu")
 LAYOUTS = ("side_by_side", "folders", "list")
 
@@ -41,6 +41,7 @@ _TEXT: list[tuple[str, str | None, str]] = [
 ]
 _CHOICES: list[tuple[str, str | None, tuple[str, ...], str]] = [
     ("strategy", "auto", STRATEGIES, "how devices share the work"),
+    ("log_format", "text", ("text", "json"), "json: one object a line on stdout, TensorFlow's own lines too"),
     ("layout", "side_by_side", LAYOUTS, "prepare: how the source holds pairs"),
     ("labels", "none", ("none", "input", "target", "both"), "prepare: which side holds label maps"),
     ("split", "test", ("train", "val", "test"), "evaluate: which pairs"),

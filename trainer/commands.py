@@ -12,7 +12,7 @@ from trainer.arguments import need
 from trainer.cluster import check_environment, read_cluster
 from trainer.config import SAMPLE_CONFIG, Config, load_config
 from trainer.errors import StoppedError, UserError
-from trainer.runtime.progress import log_to_stderr
+from trainer.runtime.logs import Where, configure_logs
 from trainer.startup import load_tensorflow
 
 
@@ -23,10 +23,10 @@ def _local(**places: str | None) -> None:
             raise UserError(f"--{flag}={place}: this version reads and writes local folders only; copy the bucket or mount it")
 
 
-def _begin() -> None:
+def _begin(values: flags.FlagValues) -> None:
     check_environment(os.environ)
     load_tensorflow()
-    log_to_stderr()
+    configure_logs(values.log_format)
 
 
 def resolve(values: flags.FlagValues) -> tuple[Config, Path]:
@@ -55,15 +55,12 @@ def _is_untouched_sample(values: flags.FlagValues) -> bool:
     return values.config is None and values.data_dir is None and not chosen
 
 
-def _stop_before_training(signum: int, frame: FrameType | None) -> None:
-    raise StoppedError(f"{signal.Signals(signum).name}: stopped before the first step; nothing is lost")
-
-
 def train(values: flags.FlagValues) -> str:
     """trainer train"""
     config, model_dir = resolve(values)
     cluster = read_cluster(os.environ)
-    _begin()
+    Where.worker = cluster.index
+    _begin(values)
     from trainer.train.begin import Order
 
     order = Order(config, model_dir, values.strategy, cluster, adaptable=_is_untouched_sample(values))
@@ -73,7 +70,6 @@ def train(values: flags.FlagValues) -> str:
         return dry_run(order)
     from trainer.train.loop import train as run
 
-    signal.signal(signal.SIGTERM, _stop_before_training)
     return run(order)
 
 
@@ -89,8 +85,13 @@ def percentages(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
-def _stop(signum: int, frame: FrameType | None) -> None:
-    raise StoppedError(f"{signal.Signals(signum).name}: stopped; the same command goes on from the shards that are finished")
+def stop_at(signum: int, frame: FrameType | None) -> None:
+    """The handler of SIGTERM where nothing better is installed; process 1 of a container would not be ended without one.
+
+    Raises:
+        StoppedError: always.
+    """
+    raise StoppedError(f"{signal.Signals(signum).name}: stopped; the same command begins again, or goes on from what is saved")
 
 
 def prepare(values: flags.FlagValues) -> str:
@@ -98,12 +99,11 @@ def prepare(values: flags.FlagValues) -> str:
     source, output = need(values, "prepare", "source", "output")
     percent = percentages(values.split_percent)
     _local(source=source, output=output)
-    _begin()
+    _begin(values)
     from trainer.data.prepare import Options
     from trainer.data.prepare import prepare as run
     from trainer.data.published import PUBLISHED, fetch
 
-    signal.signal(signal.SIGTERM, _stop)
     options = Options(source, values.layout, Path(output).absolute(), values.labels, percent, values.shard_mb * 10**6)
     if source in PUBLISHED and not Path(source).exists():
         return fetch(source, options, values.base_url, values.processes, values.skip_bad)
@@ -114,7 +114,7 @@ def check(values: flags.FlagValues) -> str:
     """trainer check"""
     (data_dir,) = need(values, "check", "data_dir")
     _local(data_dir=data_dir, thumbnails=values.thumbnails)
-    _begin()
+    _begin(values)
     from trainer.check import check as run
 
     return run(Path(data_dir), Path(values.thumbnails) if values.thumbnails else None)
@@ -123,7 +123,7 @@ def check(values: flags.FlagValues) -> str:
 def _trained(values: flags.FlagValues, command: str):  # type: ignore[no-untyped-def]  # noqa: ANN202 - it would load TensorFlow
     (model_dir,) = need(values, command, "model_dir")
     _local(model_dir=model_dir)
-    _begin()
+    _begin(values)
     from trainer.trained import open_run
 
     return open_run(Path(model_dir), values.checkpoint, values.inference)

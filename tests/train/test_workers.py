@@ -106,7 +106,7 @@ def test_a_worker_that_waits_can_be_stopped(tmp_path: Path) -> None:
     chief.wait_for(0, "waiting for worker 1")
     chief.processes[0].send_signal(signal.SIGTERM)
     assert chief.codes(10) == {0: 143}
-    assert chief.last_line(0) == "trainer: SIGTERM: stopped before the first step; nothing is lost"
+    assert chief.last_line(0) == "trainer: SIGTERM: stopped; the same command begins again, or goes on from what is saved"
 
 
 def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:

@@ -7,27 +7,10 @@ from collections.abc import Mapping
 
 from tqdm import tqdm
 
+from trainer.runtime.logs import Where
+
 LINE_EVERY_SECONDS = 10.0
 log = logging.getLogger(__name__)
-
-
-class _BesideTheBar(logging.Handler):
-    """Writes log lines to stderr without tearing the bar."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        mark = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-        try:
-            tqdm.write(mark + self.format(record), file=sys.stderr)
-        except OSError:  # whoever read our lines is gone; the training goes on
-            self.handleError(record)
-
-
-def log_to_stderr() -> None:
-    """Send the trainer's own log lines to stderr, as they are."""
-    logger = logging.getLogger("trainer")
-    logger.handlers = [_BesideTheBar()]
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
 
 
 def _clock(seconds: float) -> str:
@@ -56,7 +39,7 @@ class Progress:
         text = f"{images_per_second:.1f} images/s  {_describe(losses)}"
         self._bar.set_postfix_str(text, refresh=False)
         self._bar.update(step - self._step)
-        self._step = step
+        self._step = Where.step = step
         now = time.monotonic()
         due = now - self._spoke >= LINE_EVERY_SECONDS or step == self._steps
         if not self._terminal and due:
