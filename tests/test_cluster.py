@@ -44,7 +44,8 @@ def vertex(cluster: object, kind: str, index: int = 0, **more: str) -> dict[str,
         (vertex(POOLS, "workerpool3"), (A, B, C), 0, "evaluator"),
         (vertex(POOLS, "workerpool1", 1) | tf_config({"chief": [A], "worker": [B, C]}, "worker", 1), (A, B, C), 2, "worker"),
         ({"JOB_COMPLETION_INDEX": "0"}, (), 0, "worker"),
-        ({"JOB_COMPLETION_INDEX": "0", "TRAINER_WORKERS": "1"}, (), 0, "worker"),
+        ({"JOB_COMPLETION_INDEX": "0", "TRAINER_WORKERS": "1"}, ("localhost:2222",), 0, "worker"),
+        (tf_config({"worker": ["[::1]:2222", B]}, "worker", 1), ("[::1]:2222", B), 1, "worker"),
         (
             {"JOB_COMPLETION_INDEX": "2", **JOB},
             ("p2p-0.trainers:2222", "p2p-1.trainers:2222", "p2p-2.trainers:2222"),
@@ -118,7 +119,17 @@ def test_vertex_folders_and_trial() -> None:
         ({"JOB_COMPLETION_INDEX": "1"}, "JOB_COMPLETION_INDEX=1: set TRAINER_WORKERS too, or every pod"),
         ({"JOB_COMPLETION_INDEX": "3", **JOB}, "JOB_COMPLETION_INDEX=3: TRAINER_WORKERS=3 leaves no such worker"),
         ({"JOB_COMPLETION_INDEX": "x", **JOB}, "JOB_COMPLETION_INDEX=x: allowed: a whole number"),
-        ({"TRAINER_WORKERS": "2"}, "JOB_COMPLETION_INDEX=: allowed: a whole number"),
+        (
+            {"TRAINER_WORKERS": "2"},
+            "TRAINER_WORKERS=2: JOB_COMPLETION_INDEX is not set; an Indexed Job sets it for each of its pods",
+        ),
+        ({"JOB_COMPLETION_INDEX": "0", **JOB, "TRAINER_PORT": "70000"}, "TRAINER_PORT=70000: allowed: 1 to 65535"),
+        (tf_config({"worker": ["a:70000"]}, "worker"), "TF_CONFIG: cluster.worker: allowed: a list of host:port; got 'a:70000'"),
+        (tf_config({"worker": ["http://a:1"]}, "worker"), "TF_CONFIG: cluster.worker: allowed: a list of host:port; got 'http"),
+        (
+            tf_config({"workers": [A, B]}, "worker"),
+            "TF_CONFIG: cluster.workers: unknown; allowed: chief, master, worker, ps, evalu",
+        ),
         (
             {"JOB_COMPLETION_INDEX": "0", "TRAINER_WORKERS": "2"},
             "TRAINER_WORKERS=2: set TRAINER_JOB and TRAINER_SERVICE too: ",

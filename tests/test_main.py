@@ -137,3 +137,16 @@ def test_a_reader_that_goes_away_is_no_traceback() -> None:
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert done.stdout.startswith("trainer [COMMAND]")
     assert "Traceback" not in done.stderr
+
+
+def test_of_several_workers_only_the_chief_runs_another_command(tmp_path: Path) -> None:
+    config = '{"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": 1}}'
+    done = run_trainer("evaluate", f"--model_dir={tmp_path}", TF_CONFIG=config)
+    assert done.returncode == 0
+    assert done.stdout == "worker 1: this command works in one process, the chief's; nothing to do here\n"
+
+
+def test_a_flag_that_is_a_setting_is_pointed_to() -> None:
+    done = run_trainer("--seed=1")
+    assert done.returncode == 2
+    assert done.stderr.strip().endswith("lists its flags); the setting is --set seed=...")

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
+from trainer.config import Config, leaves
 from trainer.errors import UserError
 
 COMMANDS = {
@@ -92,7 +93,9 @@ def parse(argv: Sequence[str]) -> tuple[str, flags.FlagValues]:
         raise UserError(f"unknown command {' '.join(words)!r}; allowed: {', '.join(COMMANDS)} (`trainer --help`)")
     foreign = [f"--{name}" for name in values if values[name].present and name not in (*FLAGS_OF[command], *_EVERYWHERE)]
     if foreign:
-        raise UserError(f"trainer {command} takes no {', '.join(foreign)} (`trainer {command} --help` lists its flags)")
+        keys = [key for key, _ in leaves(Config()) if f"--{key.rsplit('.', 1)[-1]}" in foreign] if command == "train" else []
+        hint = f"; the setting is --set {keys[0]}=..." if keys else ""
+        raise UserError(f"trainer {command} takes no {', '.join(foreign)} (`trainer {command} --help` lists its flags){hint}")
     return command, values
 
 

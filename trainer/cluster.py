@@ -22,7 +22,9 @@ DEFAULT_PORT = 2222
 Role = Literal["worker", "evaluator"]
 
 _POOLS = {"workerpool0": "chief", "workerpool1": "worker", "workerpool2": "ps", "workerpool3": "evaluator"}
-_ADDRESS = re.compile(r"^\S+:\d{1,5}$")
+_ADDRESS = re.compile(r"^(\[[0-9a-fA-F:.]+\]|[^\s/:]+):(\d{1,5})$")
+_JOBS = ("chief", "master", "worker", "ps", "evaluator")
+HIGHEST_PORT = 65535
 _TPU_SIGNS = ("TPU_WORKER_HOSTNAMES", "TPU_ACCELERATOR_TYPE", "TPU_WORKER_ID")
 
 
@@ -134,6 +136,9 @@ def _table(name: str, document: Mapping[str, Any], key: str) -> dict[str, Any]:
 def _from_tables(name: str, document: Mapping[str, Any]) -> Cluster | None:
     """A cluster from TF_CONFIG's two tables; parameter servers are left out of it."""
     cluster, task = _table(name, document, "cluster"), _table(name, document, "task")
+    strange = sorted(set(cluster) - set(_JOBS))
+    if strange:
+        raise UserError(f"{name}: cluster.{strange[0]}: unknown; allowed: {', '.join(_JOBS)}")
     if "chief" in cluster and "master" in cluster:
         raise UserError(f"{name}: names both a chief and a master; they are the same: leave one out")
     chiefs = _addresses(name, cluster, "chief") or _addresses(name, cluster, "master")
@@ -151,7 +156,8 @@ def _from_tables(name: str, document: Mapping[str, Any]) -> Cluster | None:
 def _addresses(name: str, cluster: Mapping[str, Any], job: str) -> tuple[str, ...]:
     listed = cluster.get(job) or []
     for address in listed if isinstance(listed, list) else [listed]:
-        if not isinstance(listed, list) or not isinstance(address, str) or not _ADDRESS.match(address):
+        found = _ADDRESS.match(address) if isinstance(listed, list) and isinstance(address, str) else None
+        if not found or not 0 < int(found[2]) <= HIGHEST_PORT:
             raise UserError(f"{name}: cluster.{job}: allowed: a list of host:port; got {str(address)[:60]!r}")
     return tuple(listed)
 
@@ -184,9 +190,12 @@ def _from_job(environment: Mapping[str, str]) -> Cluster | None:
         if index not in ("", "0"):
             raise UserError(f"JOB_COMPLETION_INDEX={index}: set TRAINER_WORKERS too, or every pod of the Job trains alone")
         return None
-    size, place = _number("TRAINER_WORKERS", count), _number("JOB_COMPLETION_INDEX", index)
+    size = _number("TRAINER_WORKERS", count)
+    if not index:
+        raise UserError(f"TRAINER_WORKERS={size}: JOB_COMPLETION_INDEX is not set; an Indexed Job sets it for each of its pods")
+    place = _number("JOB_COMPLETION_INDEX", index)
     if size == 1 and place == 0:
-        return None
+        return Cluster("TRAINER_WORKERS", (f"localhost:{DEFAULT_PORT}",))
     if place >= size:
         raise UserError(
             f"JOB_COMPLETION_INDEX={place}: TRAINER_WORKERS={size} leaves no such worker; make it the Job's completions"
@@ -197,6 +206,8 @@ def _from_job(environment: Mapping[str, str]) -> Cluster | None:
             f"TRAINER_WORKERS={size}: set {' and '.join(missing)} too: the names of the Job and of its headless Service"
         )
     port = _number("TRAINER_PORT", environment.get("TRAINER_PORT") or str(DEFAULT_PORT))
+    if not 0 < port <= HIGHEST_PORT:
+        raise UserError(f"TRAINER_PORT={port}: allowed: 1 to {HIGHEST_PORT}")
     space = environment.get("TRAINER_NAMESPACE")
     domain = environment["TRAINER_SERVICE"] + (f".{space}.svc" if space else "")
     workers = tuple(f"{environment['TRAINER_JOB']}-{number}.{domain}:{port}" for number in range(size))

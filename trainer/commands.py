@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -14,6 +15,8 @@ from trainer.config import SAMPLE_CONFIG, Config, load_config
 from trainer.errors import StoppedError, UserError
 from trainer.runtime.logs import Where, configure_logs
 from trainer.startup import load_tensorflow
+
+Command = Callable[[flags.FlagValues], str]
 
 
 def _local(**places: str | None) -> None:
@@ -59,7 +62,9 @@ def train(values: flags.FlagValues) -> str:
     """trainer train"""
     config, model_dir = resolve(values)
     cluster = read_cluster(os.environ)
-    Where.worker = cluster.index
+    Where.worker, Where.workers = cluster.index, cluster.size
+    if cluster.role == "evaluator":
+        return "this process is an evaluator, and there is nothing for it to do: the workers measure between their steps"
     _begin(values)
     from trainer.train.begin import Order
 
@@ -120,6 +125,14 @@ def check(values: flags.FlagValues) -> str:
     return run(Path(data_dir), Path(values.thumbnails) if values.thumbnails else None)
 
 
+def _in_one_process(values: flags.FlagValues, command: Command) -> str:
+    """Only training is shared among workers; of all that run another command, the chief does it."""
+    cluster = read_cluster(os.environ)
+    if not cluster.is_chief:
+        return f"worker {cluster.index}: this command works in one process, the chief's; nothing to do here"
+    return command(values)
+
+
 def _trained(values: flags.FlagValues, command: str):  # type: ignore[no-untyped-def]  # noqa: ANN202 - it would load TensorFlow
     (model_dir,) = need(values, command, "model_dir")
     _local(model_dir=model_dir)
@@ -157,11 +170,14 @@ def export(values: flags.FlagValues) -> str:
     return write(run, Path(output), [name for name in values.formats.split(",") if name])
 
 
-COMMANDS: dict[str, Callable[[flags.FlagValues], str]] = {
-    "train": train,
+_ALONE: dict[str, Command] = {
     "prepare": prepare,
     "check": check,
     "evaluate": evaluate,
     "predict": predict,
     "export": export,
+}
+COMMANDS: dict[str, Command] = {
+    "train": train,
+    **{name: partial(_in_one_process, command=command) for name, command in _ALONE.items()},
 }

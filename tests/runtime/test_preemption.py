@@ -78,3 +78,24 @@ def test_later_ctrl_c_leaves_at_once(tmp_path: Path) -> None:
     assert time.monotonic() - began < 1
     assert process.returncode == 143
     assert "SIGINT again: leaving at once, without saving" in out
+
+
+HELD = """
+import os, signal, time
+from trainer.startup import load_tensorflow
+load_tensorflow()
+from trainer.runtime.preemption import StopSignal, hold_signals
+hold_signals()
+os.kill(os.getpid(), signal.SIGTERM)
+signal.signal(signal.SIGTERM, lambda number, frame: None)  # as building a strategy does
+with StopSignal() as stop:
+    for _ in range(100):
+        if stop.received: break
+        time.sleep(0.02)
+print(stop.received)
+"""
+
+
+def test_a_signal_that_comes_while_the_strategy_is_built_is_heard_afterwards() -> None:
+    done = subprocess.run([sys.executable, "-c", HELD], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "SIGTERM\n"), done.stderr

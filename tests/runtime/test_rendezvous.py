@@ -57,7 +57,7 @@ def test_all_hear_the_chiefs_plan_whatever_the_order_of_their_coming() -> None:
     for index in (3, 1):
         meeting.go(index, lambda index=index: meeting.side(index).as_worker(follow))  # type: ignore[misc]
     time.sleep(0.5)
-    meeting.go(0, lambda: meeting.side(0).as_chief(lambda: PLAN))
+    meeting.go(0, lambda: meeting.side(0).as_chief(lambda: PLAN, lambda marks: None))
     time.sleep(0.5)
     meeting.go(2, lambda: meeting.side(2).as_worker(follow))
     assert meeting.finish() == dict.fromkeys(range(4), PLAN)
@@ -65,7 +65,7 @@ def test_all_hear_the_chiefs_plan_whatever_the_order_of_their_coming() -> None:
 
 def test_the_port_is_free_again_afterwards() -> None:
     meeting = Meeting(2)
-    meeting.go(0, lambda: meeting.side(0).as_chief(lambda: PLAN))
+    meeting.go(0, lambda: meeting.side(0).as_chief(lambda: PLAN, lambda marks: None))
     meeting.go(1, lambda: meeting.side(1).as_worker(follow))
     meeting.finish()
     with socket.socket() as next_user:
@@ -73,10 +73,12 @@ def test_the_port_is_free_again_afterwards() -> None:
         next_user.bind(("127.0.0.1", int(meeting.addresses[0].rpartition(":")[2])))
 
 
-@pytest.mark.parametrize("noise", [b"", b"GET / HTTP/1.1\r\n\r\n", b"\xff\xfe\n", b"[]\n", b'{"worker": "x"}\n'])
+@pytest.mark.parametrize(
+    "noise", [b"", b"GET / HTTP/1.1\r\n\r\n", b"\xff\xfe\n", b"[]\n", b'{"worker": "x"}\n', b'{"worker": 1, "trains": 3}\n']
+)
 def test_a_probe_of_the_port_is_let_go(noise: bytes) -> None:
     meeting = Meeting(2)
-    meeting.go(0, lambda: meeting.side(0).as_chief(lambda: PLAN))
+    meeting.go(0, lambda: meeting.side(0).as_chief(lambda: PLAN, lambda marks: None))
     time.sleep(0.5)
     host, _, port = meeting.addresses[0].rpartition(":")
     with socket.create_connection((host, int(port))) as probe:
@@ -87,7 +89,7 @@ def test_a_probe_of_the_port_is_let_go(noise: bytes) -> None:
 
 def test_a_worker_that_was_started_again_takes_its_own_place() -> None:
     meeting = Meeting(3)
-    meeting.go(0, lambda: meeting.side(0).as_chief(lambda: PLAN))
+    meeting.go(0, lambda: meeting.side(0).as_chief(lambda: PLAN, lambda marks: None))
     time.sleep(0.3)
     first = meeting.side(1)
     dead = first._reach_chief(time.monotonic() + 5)
@@ -106,7 +108,7 @@ def test_what_the_chief_finds_wrong_is_told_to_all() -> None:
         raise UserError("the folder cannot be written")
 
     meeting = Meeting(3)
-    meeting.go(0, lambda: meeting.side(0).as_chief(refuse))
+    meeting.go(0, lambda: meeting.side(0).as_chief(refuse, lambda marks: None))
     for index in (1, 2):
         meeting.go(index, lambda index=index: meeting.side(index).as_worker(follow))  # type: ignore[misc]
     ends = meeting.finish()
@@ -119,7 +121,7 @@ def test_a_worker_that_cannot_follow_ends_all() -> None:
         raise UserError("no such checkpoint here")
 
     meeting = Meeting(3)
-    meeting.go(0, lambda: meeting.side(0).as_chief(lambda: PLAN))
+    meeting.go(0, lambda: meeting.side(0).as_chief(lambda: PLAN, lambda marks: None))
     meeting.go(1, lambda: meeting.side(1).as_worker(follow))
     meeting.go(2, lambda: meeting.side(2).as_worker(refuse))
     ends = meeting.finish()
@@ -131,7 +133,7 @@ def test_a_worker_that_cannot_follow_ends_all() -> None:
 
 def test_another_cluster_is_refused() -> None:
     meeting = Meeting(2)
-    meeting.go(0, lambda: meeting.side(0).as_chief(lambda: PLAN))
+    meeting.go(0, lambda: meeting.side(0).as_chief(lambda: PLAN, lambda marks: None))
     stranger = Rendezvous(Cluster("TF_CONFIG", (meeting.addresses[0], "127.0.0.1:9"), 1), {"seed": "0"}, 10)
     meeting.go(1, lambda: stranger.as_worker(follow))
     ends = meeting.finish()
@@ -141,7 +143,7 @@ def test_another_cluster_is_refused() -> None:
 
 def test_a_worker_that_dies_while_it_looks_for_the_checkpoint_is_named() -> None:
     meeting = Meeting(2)
-    meeting.go(0, lambda: meeting.side(0).as_chief(lambda: PLAN))
+    meeting.go(0, lambda: meeting.side(0).as_chief(lambda: PLAN, lambda marks: None))
     time.sleep(0.3)
     line = meeting.side(1)._reach_chief(time.monotonic() + 5)
     line.sendall(
@@ -166,3 +168,42 @@ def test_a_chief_that_dies_while_the_others_wait_is_named() -> None:
     end = meeting.finish()[1]
     assert isinstance(end, PeerLostError)
     assert str(end).startswith("the chief went away while starting (")
+
+
+def test_a_number_that_no_worker_has_is_refused() -> None:
+    meeting = Meeting(2)
+    meeting.go(0, lambda: meeting.side(0).as_chief(lambda: PLAN, lambda marks: None))
+    time.sleep(0.3)
+    line = meeting.side(1)._reach_chief(time.monotonic() + 5)
+    line.sendall(meeting.hello(7))
+    meeting.go(1, lambda: meeting.side(1).as_worker(follow))
+    ends = meeting.finish()
+    line.close()
+    assert str(ends[0]) == str(ends[1]) == "worker 7 has come, but the chief is told of 2 workers"
+
+
+def test_what_nobody_foresaw_on_the_chief_ends_the_others_too() -> None:
+    def break_down() -> Message:
+        raise RuntimeError("never thought of")
+
+    def chief() -> Message:
+        with pytest.raises(RuntimeError):
+            meeting.side(0).as_chief(break_down, lambda marks: None)
+        return PLAN
+
+    meeting = Meeting(2)
+    meeting.go(0, chief)
+    meeting.go(1, lambda: meeting.side(1).as_worker(follow))
+    end = meeting.finish()[1]
+    assert (str(end), end.exit_code) == ("the chief failed while starting; its own lines say why", ExitCode.UNEXPECTED)
+
+
+def test_the_chief_sees_the_marks_of_all() -> None:
+    meeting, seen = Meeting(3), []
+    meeting.go(0, lambda: meeting.side(0).as_chief(lambda: PLAN, seen.extend))
+    for index in (1, 2):
+        cluster = Cluster("TF_CONFIG", meeting.addresses, index)
+        one = Rendezvous(cluster, {"seed": "0"}, 20, mark=f"mark {index}")
+        meeting.go(index, lambda one=one: one.as_worker(follow))  # type: ignore[misc]
+    meeting.finish()
+    assert sorted(seen) == ["mark 1", "mark 2"]

@@ -64,11 +64,11 @@ def test_failure_is_told_again_until_config_or_data_change(folder: RunFolder, tm
     config = small_config()
     folder.record_failure("shard, record 3: damaged", ExitCode.USER, fingerprint(config, data))
     with pytest.raises(RecordedFailure, match=r"shard, record 3: damaged \(nothing has changed") as caught:
-        folder.check_failure(fingerprint(config, data))
+        folder.check_failure([fingerprint(config, data)])
     assert caught.value.exit_code == ExitCode.USER
     (data / "shard").write_bytes(b"good")
-    folder.check_failure(fingerprint(config, data))
-    folder.check_failure(fingerprint(small_config("seed=3"), data))
+    folder.check_failure([fingerprint(config, data)])
+    folder.check_failure([fingerprint(small_config("seed=3"), data)])
 
 
 def test_what_a_killed_writer_left_is_swept_away(folder: RunFolder, tmp_path: Path) -> None:

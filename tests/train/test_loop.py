@@ -234,6 +234,7 @@ def test_other_data_are_refused(undisturbed: Path, sample_folder: Path, tmp_path
     assert "was trained on other data" in done.stderr
 
 
+@pytest.mark.slow
 def test_damaged_record_in_val_names_shard_and_record(sample_folder: Path, tmp_path: Path) -> None:
     data = Path(shutil.copytree(sample_folder, tmp_path / "data"))
     shard = records.read_manifest(data).splits["val"][0]
@@ -255,6 +256,7 @@ EVERY_STEP = (
 )
 
 
+@pytest.mark.slow
 def test_stopped_where_something_is_due_it_is_done_once_after_the_resume(tmp_path: Path) -> None:
     """Scalars are due after every step, so every stop leaves a step to be finished; no checkpoint is asked for."""
     whole, folder = tmp_path / "whole", tmp_path / "run"

@@ -14,7 +14,7 @@ from trainer.data.records import ImageSpec
 from trainer.model.layers import example_keys
 from trainer.train.optimizer import Clock, read_clock
 from trainer.train.state import TrainState, trainable
-from trainer.train.step import StepResult, all_finite, train_step
+from trainer.train.step import StepResult, all_finite, train_step, update
 
 PHOTO = ImageSpec(kind="photo", channels=3, bit_depth=8)
 SPECS = Specs(PHOTO, PHOTO)
@@ -265,3 +265,15 @@ def test_a_wish_to_stop_comes_back_from_the_step() -> None:
     clock = read_clock(config, state.step)
     assert not bool(train_step(state, config, BATCHES[0], clock, tf.constant(False)).stop)
     assert bool(train_step(state, config, BATCHES[0], clock, tf.constant(True)).stop)
+
+
+def test_a_gradient_whose_square_overflows_is_not_finite() -> None:
+    """Clipping would make it NaN, and Adam's second moment would be infinite for ever."""
+    config, state = make("optimizer.clip_norm=1.0")
+    before = all_weights(state)
+    huge = [tf.fill(variable.shape, tf.constant(1e200, tf.float64)) for variable in trainable(state.generator)]
+    clock = read_clock(config, state.step)
+    finite = update(state.generator_optimizer, huge, [tf.constant(0.0, tf.float64)], config, clock, tf.constant(True))
+    assert not bool(finite)
+    for old, new in zip(before, all_weights(state), strict=True):
+        np.testing.assert_array_equal(old, new)

@@ -19,7 +19,7 @@ TRAINS = "step "
 
 
 def arguments(folder: Path, *overrides: str) -> list[str]:
-    return settings_of(folder, "train.steps_per_loop=10", *overrides)
+    return settings_of(folder, *overrides)
 
 
 def trained_a_while(workers: Workers, folder: Path, step: int = 40) -> None:
@@ -40,7 +40,9 @@ def test_a_killed_peer_ends_the_others_with_75_and_they_go_on_together(victim: i
     workers.processes[victim].kill()
     assert workers.codes(60) == {victim: -signal.SIGKILL, other: 75}
     assert time.monotonic() - began < 30
-    assert workers.last_line(other).startswith(f"trainer: worker {other}: a peer was lost (")
+    assert re.match(
+        rf"trainer: worker {other}: (worker {victim} \(127.0.0.1:\d+\)|a peer) was lost \(\w", workers.last_line(other)
+    )
     assert workers.last_line(other).endswith("run all workers again: they go on from the newest checkpoint")
     saved = newest(folder)
     assert saved is not None
@@ -49,6 +51,18 @@ def test_a_killed_peer_ends_the_others_with_75_and_they_go_on_together(victim: i
     assert f"going on from the checkpoint of step {saved.step}" in again.log(1)
 
 
+def test_when_the_chief_cannot_save_no_other_says_that_all_is_done(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    workers = Workers(tmp_path / "logs", *arguments(folder, *LONG))
+    trained_a_while(workers, folder, 20)
+    (folder / "checkpoints").rename(folder / "moved")
+    (folder / "checkpoints").touch()
+    assert workers.codes(60) == {0: 1, 1: 75}
+    assert "could not be saved: File exists" in workers.last_line(0)
+    assert workers.last_line(1).endswith("run all workers again: they go on from the newest checkpoint")
+
+
+@pytest.mark.slow
 def test_a_hanging_peer_ends_the_others_with_75(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     workers = Workers(tmp_path / "logs", *arguments(folder, *LONG, "runtime.peer_timeout_seconds=8"))
@@ -61,7 +75,8 @@ def test_a_hanging_peer_ends_the_others_with_75(tmp_path: Path) -> None:
     assert "run all workers again" in workers.last_line(0)
 
 
-@pytest.mark.parametrize("asked", [1, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("asked", [0, 1])
 def test_a_signal_to_one_stops_all_at_the_same_step_and_the_run_ends_with_the_same_bits(asked: int, tmp_path: Path) -> None:
     folder, whole = tmp_path / "run", tmp_path / "whole"
     short = ("train.steps=200", "train.evaluate_every=100", "train.checkpoint_every=20")
@@ -94,10 +109,12 @@ def test_a_peer_that_never_comes_is_named(tmp_path: Path) -> None:
     worker = Workers(tmp_path / "other", *arguments(folder, "runtime.rendezvous_seconds=3"), only=(1,))
     assert chief.codes() == {0: 75}
     absent = f"worker 1 (127.0.0.1:{chief.ports[1]})"
-    assert f"waiting for {absent}, at most 3 s more" in chief.log(0)
+    assert re.search(rf"waiting for {re.escape(absent)}, at most \d s more", chief.log(0))
     assert chief.last_line(0) == f"trainer: after 3 s these workers have not come: {absent}; run all workers again"
     assert worker.codes() == {1: 75}
-    assert f"waiting for the chief (127.0.0.1:{worker.ports[0]}: Connection refused), at most 3 s more" in worker.log(1)
+    assert re.search(
+        rf"waiting for the chief \(127.0.0.1:{worker.ports[0]}: Connection refused\), at most \d s more", worker.log(1)
+    )
     assert worker.last_line(1).startswith(f"trainer: after 3 s the chief (127.0.0.1:{worker.ports[0]}) cannot be reached: ")
 
 
@@ -105,7 +122,9 @@ def test_a_worker_that_waits_can_be_stopped(tmp_path: Path) -> None:
     chief = Workers(tmp_path / "logs", *arguments(tmp_path / "run"), only=(0,))
     chief.wait_for(0, "waiting for worker 1")
     chief.processes[0].send_signal(signal.SIGTERM)
+    began = time.monotonic()
     assert chief.codes(10) == {0: 143}
+    assert time.monotonic() - began < 2
     assert chief.last_line(0) == "trainer: SIGTERM: stopped; the same command begins again, or goes on from what is saved"
 
 
@@ -165,6 +184,7 @@ def test_missing_data_on_one_worker_is_told_to_all(sample_folder: Path, tmp_path
     assert workers.last_line(0) == workers.last_line(1).replace("trainer: ", "trainer: worker 1: ", 1)
 
 
+@pytest.mark.slow
 def test_a_finished_run_says_so_on_all(tmp_path: Path) -> None:
     short = arguments(tmp_path / "run", "train.steps=20", "train.evaluate_every=0")
     assert Workers(tmp_path / "logs", *short).codes() == {0: 0, 1: 0}

@@ -18,6 +18,8 @@ from trainer.errors import DataError
 
 READS_AT_ONCE = 4
 BATCHES_AHEAD = 4
+# What a lost worker raises; no record has to be looked at again for it.
+_NOT_OF_DATA = (tf.errors.UnavailableError, tf.errors.DeadlineExceededError, tf.errors.AbortedError, tf.errors.CancelledError)
 
 
 @dataclass(frozen=True)
@@ -167,6 +169,8 @@ class PairData:
         try:
             yield
         except tf.errors.OpError as error:
+            if split.damage is None and isinstance(error, _NOT_OF_DATA):
+                raise
             damage = split.damage or split.find_damage(numbers())
             if damage is None:
                 raise

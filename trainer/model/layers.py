@@ -113,7 +113,8 @@ def moments_over_replicas(x: tf.Tensor, near: tf.Tensor) -> tuple[tf.Tensor, tf.
     context = tf.distribute.get_replica_context()
     shifted = x - tf.stop_gradient(near)
     sums = [tf.reduce_sum(shifted, [0, 1, 2]), tf.reduce_sum(tf.square(shifted), [0, 1, 2])]
-    total, squares = context.all_reduce(tf.distribute.ReduceOp.SUM, sums)
+    several = context.num_replicas_in_sync > 1  # XLA cannot compile a sum over replicas, not even over one
+    total, squares = context.all_reduce(tf.distribute.ReduceOp.SUM, sums) if several else sums
     count = tf.cast(tf.reduce_prod(tf.shape(x)[:3]) * context.num_replicas_in_sync, x.dtype)
     mean = total / count
     return mean + tf.stop_gradient(near), tf.maximum(squares / count - tf.square(mean), 0.0)

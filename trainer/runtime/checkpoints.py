@@ -21,6 +21,7 @@ from trainer.runtime import files
 
 log = logging.getLogger(__name__)
 _BLOCK = 1 << 22
+NOT_OURS = (tf.errors.NotFoundError, tf.errors.InvalidArgumentError, tf.errors.DataLossError)
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ class Checkpoints:
         """
         try:
             state.read(str(self.folder / marker.prefix)).assert_consumed()
-        except (AssertionError, ValueError, tf.errors.OpError) as error:
+        except (AssertionError, ValueError, *NOT_OURS) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"{self.folder / marker.prefix}: is not a checkpoint of these networks: {reason}") from error
 

@@ -12,6 +12,7 @@ from tqdm import tqdm
 class Where:
     """Where the run stands, for lines that do not say it themselves."""
 
+    workers: ClassVar[int] = 1
     worker: ClassVar[int] = 0
     step: ClassVar[int | None] = None
 
@@ -26,7 +27,8 @@ class _BesideTheBar(logging.Handler):
     """Writes log lines to stderr without tearing the bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        mark = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        mark = f"[worker {Where.worker}] " if Where.workers > 1 else ""
+        mark += f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
         try:
             tqdm.write(mark + self.format(record), file=sys.stderr)
         except OSError:  # whoever read our lines is gone; the training goes on

@@ -21,6 +21,11 @@ REPEAT_SECONDS = 1.0  # the same wish, sent to the process and to its group
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+def hold_signals() -> None:
+    """Keep signals back until a StopSignal hears them: building a strategy puts in a handler of SIGTERM that drops it."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
 def _leave_it_to_the_thread(signum: int, frame: FrameType | None) -> None:
     """The handler that must be there for the interpreter to write to the pipe."""
 
@@ -41,6 +46,7 @@ class StopSignal:
         self._old_handlers = {number: signal.signal(number, _leave_it_to_the_thread) for number in SIGNALS}
         self._thread = threading.Thread(target=self._watch, name="stop-signal", daemon=True)
         self._thread.start()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         return self
 
     def _watch(self) -> None:

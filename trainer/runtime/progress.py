@@ -36,7 +36,8 @@ class Progress:
 
     def update(self, step: int, images_per_second: float, losses: Mapping[str, float]) -> None:
         """Show that `step` steps are done."""
-        text = f"{images_per_second:.1f} images/s  {_describe(losses)}"
+        speed = f"{images_per_second:.1f} images/s  " if images_per_second else ""  # the first block compiles
+        text = speed + _describe(losses)
         self._bar.set_postfix_str(text, refresh=False)
         self._bar.update(step - self._step)
         self._step = Where.step = step
@@ -45,7 +46,7 @@ class Progress:
         if not self._terminal and due:
             self._spoke = now
             left = (now - self._began) / max(1, step - self._first) * (self._steps - step)
-            log.info("step %d/%d  %s  left %s", step, self._steps, text, _clock(left))
+            log.info("step %d/%d  %s%s", step, self._steps, text, f"  left {_clock(left)}" if speed else "")
 
     def close(self) -> None:
         """Leave the bar as it stands."""

@@ -15,11 +15,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.cluster import Cluster
-from trainer.errors import ExitCode, PeerLostError, TrainerError, UserError
+from trainer.errors import ExitCode, PeerLostError, StoppedError, TrainerError, UserError
 
 log = logging.getLogger(__name__)
 
 SAY_EVERY_SECONDS = 10.0
+QUIET_SECONDS = 2.0  # so long nobody need be told who is missing
+TELL_SECONDS = 60.0  # how long the chief stays to tell late workers what is wrong
 REPLY_SECONDS = 60.0  # a worker looks for a checkpoint in its folder and says what it found
 RETRY_SECONDS = 0.2
 LONGEST_LINE = 1 << 20
@@ -39,6 +41,7 @@ class Line:
     """A connection that carries lines of JSON."""
 
     def __init__(self, connection: socket.socket) -> None:
+        self.hello: Message = {}
         self._connection = connection
         self._received = b""
 
@@ -81,14 +84,20 @@ class Rendezvous:
         cluster: who is expected.
         trains: what must be the same on every worker, by name: settings, versions, data.
         seconds: how long to wait for all.
+        mark: the fingerprint of what this worker trains and on which files, which the chief compares with a recorded failure's.
     """
 
     cluster: Cluster
     trains: Mapping[str, str]
     seconds: float
+    mark: str = ""
 
-    def as_chief(self, prepare: Callable[[], Message]) -> Message:
+    def as_chief(self, prepare: Callable[[], Message], look_at: Callable[[list[str]], None]) -> Message:
         """Wait for all workers, tell them what `prepare` returns, and return it when all agree.
+
+        Args:
+            prepare: called before the others come.
+            look_at: given the marks of all the others.
 
         Raises:
             PeerLostError: the port is taken, or a worker did not come in time, or went away.
@@ -96,22 +105,27 @@ class Rendezvous:
         """
         with _listen(self.cluster.workers[0]) as listener:
             lines: dict[int, Line] = {}
+            failure: TrainerError | None = TrainerError("the chief failed while starting; its own lines say why")
             try:
                 plan = prepare()
                 self._gather(listener, lines)
+                look_at([line.hello.get("mark", "") for line in lines.values()])
                 _to_all(lines, {"plan": plan})
                 self._check_answers(lines)
                 _to_all(lines, {"go": True})
-            except TrainerError as failure:
-                self._tell(failure, listener, lines)
+                failure = None
+            except TrainerError as known:
+                failure = known
                 raise
             finally:
+                if failure:
+                    self._tell(failure, listener, lines)
                 for line in lines.values():
                     line.close()
         return plan
 
     def _gather(self, listener: socket.socket, lines: dict[int, Line]) -> None:
-        deadline, said = time.monotonic() + self.seconds, time.monotonic() - SAY_EVERY_SECONDS
+        deadline, said = time.monotonic() + self.seconds, time.monotonic() - SAY_EVERY_SECONDS + QUIET_SECONDS
         while missing := self._missing(lines):
             now = time.monotonic()
             if now > deadline:
@@ -133,8 +147,8 @@ class Rendezvous:
             return
         line = Line(connection)
         try:
-            hello = line.receive(5.0)
-            number = int(hello["worker"])
+            line.hello = line.receive(5.0)
+            number = _worker_of(line.hello)
         except (OSError, ValueError, KeyError, TypeError):
             log.info("a connection from %s is not from a worker; it is let go", address[0])
             line.close()
@@ -142,9 +156,11 @@ class Rendezvous:
         if number in lines:  # it was started again while the others waited
             lines.pop(number).close()
         lines[number] = line
-        self._check_hello(number, hello)
+        self._check_hello(number, line.hello)
 
     def _check_hello(self, number: int, hello: Message) -> None:
+        if not 0 < number < self.cluster.size:
+            raise UserError(f"worker {number} has come, but the chief is told of {self.cluster.size} workers")
         if "error" in hello:
             raise ToldError(f"worker {number}: {hello['error']}", hello["exit_code"])
         if list(hello["workers"]) != list(self.cluster.workers):
@@ -169,8 +185,9 @@ class Rendezvous:
     def _tell(self, failure: TrainerError, listener: socket.socket, lines: dict[int, Line]) -> None:
         """Tell every worker that is there, and those who come in the next seconds."""
         message = {"error": str(failure), "exit_code": int(failure.exit_code)}
-        late = time.monotonic() + 5.0
-        while self._missing(lines) and time.monotonic() < late and not isinstance(failure, PeerLostError):
+        stays = not isinstance(failure, PeerLostError | StoppedError)
+        late = time.monotonic() + min(TELL_SECONDS, self.seconds)
+        while stays and self._missing(lines) and time.monotonic() < late:
             try:
                 self._admit(listener, lines)
             except TrainerError as another:
@@ -215,15 +232,16 @@ class Rendezvous:
 
     def _hello(self, failure: TrainerError | None) -> Message:
         hello: Message = {"worker": self.cluster.index, "workers": self.cluster.workers, "trains": dict(self.trains)}
+        hello["mark"] = self.mark
         return hello | ({"error": str(failure), "exit_code": int(failure.exit_code)} if failure else {})
 
     def _reach_chief(self, deadline: float) -> socket.socket:
         """Connect, again and again: the chief's name may not even exist yet."""
-        chief, said = self.cluster.workers[0], time.monotonic() - SAY_EVERY_SECONDS
+        chief, said = self.cluster.workers[0], time.monotonic() - SAY_EVERY_SECONDS + QUIET_SECONDS
         host, _, port = chief.rpartition(":")
         while True:
             try:
-                return socket.create_connection((host, int(port)), timeout=5.0)
+                return socket.create_connection((host.strip("[]"), int(port)), timeout=5.0)
             except OSError as error:
                 now, reason = time.monotonic(), error.strerror or str(error)
                 if now > deadline:
@@ -233,6 +251,16 @@ class Rendezvous:
                     log.info("waiting for the chief (%s: %s), at most %.0f s more", chief, reason, deadline - now)
                     said = now
             time.sleep(RETRY_SECONDS)
+
+
+def _worker_of(hello: Message) -> int:
+    """The number of the worker that says this.
+
+    Raises:
+        KeyError, TypeError, ValueError: no worker speaks so.
+    """
+    dict(hello["trains"]), list(hello["workers"])
+    return int(hello["worker"])
 
 
 def _to_all(lines: Mapping[int, Line], message: Message) -> None:

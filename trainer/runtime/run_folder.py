@@ -7,7 +7,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -21,6 +21,7 @@ from trainer.runtime import files
 from trainer.runtime.pictures import save_grid
 
 LOCK_SECONDS = 10.0
+DEAD_NODE_SECONDS = 100.0  # after which a network file system frees the lock of a node that died
 SEE_SECONDS = 5.0  # network file systems show a new file late
 
 Columns = Sequence[tuple[str, NDArray[np.uint8]]]
@@ -48,15 +49,15 @@ class RunFolder:
         self._failure_file = path / "failure.json"
         self._data_file = path / "data.json"
 
-    def claim(self) -> "RunFolder":
-        """Make the folder and keep every other process from training in it while this one lives.
+    def claim(self, seconds: float = LOCK_SECONDS) -> "RunFolder":
+        """Make the folder and keep every other process from training in it while this one lives; wait so long for one that does.
 
         Raises:
             UserError: it cannot be written, or another process is training in it.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = self._take_lock(self.path / ".lock")
+            self._lock = self._take_lock(self.path / ".lock", seconds)
             self._sweep()
         except OSError as error:
             raise UserError(f"{self.path}: cannot write there ({error.strerror}); choose another --model_dir") from error
@@ -68,9 +69,9 @@ class RunFolder:
         for folder in self.path.glob(".making-*"):
             shutil.rmtree(folder)
 
-    def _take_lock(self, path: Path) -> TextIO:
+    def _take_lock(self, path: Path, seconds: float) -> TextIO:
         """Wait a little for the lock: the process that holds it may be saving its last checkpoint."""
-        lock, deadline = path.open("a+", encoding="utf-8"), time.monotonic() + LOCK_SECONDS
+        lock, deadline = path.open("a+", encoding="utf-8"), time.monotonic() + seconds
         while True:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -179,8 +180,8 @@ class RunFolder:
         document = {"line": line, "exit_code": int(exit_code), "fingerprint": fingerprint}
         files.write_text(self._failure_file, json.dumps(document, indent=1) + "\n")
 
-    def check_failure(self, fingerprint: str) -> None:
-        """Tell the recorded failure again, unless config or data have changed since; then forget it.
+    def check_failure(self, fingerprints: Collection[str]) -> None:
+        """Tell the recorded failure again if what one of the workers trains is as it was then; else forget it.
 
         Raises:
             RecordedFailure: nothing has changed.
@@ -188,7 +189,7 @@ class RunFolder:
         if not self._failure_file.is_file():
             return
         document = json.loads(self._failure_file.read_text(encoding="utf-8"))
-        if document["fingerprint"] == fingerprint:
+        if document["fingerprint"] in fingerprints:
             advice = f"(nothing has changed since; to try all the same, remove {self._failure_file})"
             raise RecordedFailure(f"{document['line']} {advice}", ExitCode(document["exit_code"]))
         self._failure_file.unlink()
@@ -197,7 +198,7 @@ class RunFolder:
 class NonChiefFolder(RunFolder):
     """The run's folder as workers other than the chief hold it: what they read is there, what they write goes nowhere."""
 
-    def claim(self) -> "NonChiefFolder":
+    def claim(self, seconds: float = LOCK_SECONDS) -> "NonChiefFolder":
         """The chief's claim counts for all."""
         return self
 
@@ -219,6 +220,11 @@ class NonChiefFolder(RunFolder):
 
     def save_sample(self, step: int, columns: Callable[[], Columns]) -> None:
         """The chief draws it."""
+
+    def record_failure(self, line: str, exit_code: ExitCode, fingerprint: str) -> None:
+        """What all of them see, the chief records; a record that is damaged may have been seen by this worker alone."""
+        if exit_code == ExitCode.USER:
+            super().record_failure(line, exit_code, fingerprint)
 
 
 def fingerprint(config: Config, data: Path) -> str:

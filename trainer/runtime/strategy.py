@@ -50,13 +50,19 @@ def configure_threads(runtime: RuntimeConfig) -> int:
 
 
 def configure_devices(runtime: RuntimeConfig) -> Devices:
-    """Apply the switches of `runtime` to the devices, and count them."""
+    """Apply the switches of `runtime` to the devices, and count them.
+
+    Raises:
+        UserError: the CPU is to be split on a machine with GPUs.
+    """
     gpus = tf.config.list_physical_devices("GPU")
     for gpu in gpus:
         tf.config.experimental.set_memory_growth(gpu, runtime.memory_growth)
     tf.config.experimental.enable_tensor_float_32_execution(runtime.tf32)
     if runtime.deterministic:
         tf.config.experimental.enable_op_determinism()
+    if runtime.cpu_devices > 1 and gpus:
+        raise UserError("runtime.cpu_devices: this machine has GPUs, which are used instead; CUDA_VISIBLE_DEVICES= hides them")
     if runtime.cpu_devices > 1:
         parts = [tf.config.LogicalDeviceConfiguration()] * runtime.cpu_devices
         tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], parts)
@@ -125,8 +131,8 @@ def _tpu(cluster: Cluster) -> tf.distribute.Strategy:
         tf.tpu.experimental.initialize_tpu_system(resolver)
         return tf.distribute.TPUStrategy(resolver)
     except (ValueError, RuntimeError, tf.errors.OpError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"--strategy=tpu: no TPU can be used as {name!r}: {reason}") from error
+        reason = str(error).strip().splitlines()[0].split(". ")[0].split(" with these attrs")[0][:120]
+        raise UserError(f"--strategy=tpu: this machine can use no TPU as {name!r} ({reason})") from error
 
 
 class _CpuWorkers(collective_all_reduce_strategy.CollectiveAllReduceExtended):
@@ -174,5 +180,6 @@ def describe(strategy: tf.distribute.Strategy, devices: Devices, threads: int) -
         return f"{replicas} TPU cores"
     kind = "GPU" if devices.gpus else "CPU"
     if replicas == 1:
-        return "one GPU" if devices.gpus else f"the CPU, {threads} threads"
+        alone = "" if isinstance(strategy, tf.distribute.OneDeviceStrategy) else "one replica: "
+        return alone + ("one GPU" if devices.gpus else f"the CPU, {threads} threads")
     return f"{replicas} replicas on {kind}s" + ("" if devices.gpus else f", {threads} threads here")

@@ -35,6 +35,10 @@ def run_notes(threads: int, data_digest: str) -> dict[str, str]:
 
 def warn_of_changes(before: Mapping[str, str], now: Mapping[str, str]) -> None:
     """Say what differs from the run so far: it goes on, but agrees with an undisturbed run only to rounding."""
+    together = "pairs normalised together"
+    if before.get(together, now.get(together)) != now.get(together):
+        line = "model.norm=batch normalises over %s pairs at a time instead of %s: from here on it is another computation"
+        log.warning(line, now.get(together), before.get(together))
     changed = [f"{name} {before[name]} -> {now[name]}" for name in now if name in before and before[name] != now[name]]
     if changed:
         log.warning("since the run began: %s; results will agree to rounding, not bit for bit", ", ".join(changed))

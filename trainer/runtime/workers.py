@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 import threading
 import time
@@ -20,8 +21,11 @@ from trainer.errors import ExitCode, PeerLostError
 log = logging.getLogger(__name__)
 
 LOOK_EVERY_SECONDS = 1.0
+FIRST_SECONDS = 300.0  # variables are made, both networks compiled
+HURRIED_SECONDS = 60.0  # after a signal
 # What TensorFlow raises when a peer is dead or hangs; alone, none of these comes from a healthy step.
 PEER_ERRORS = (tf.errors.UnavailableError, tf.errors.DeadlineExceededError, tf.errors.AbortedError, tf.errors.CancelledError)
+_REASONS = ("Connection reset by peer", "Socket closed", "Connection refused", "heartbeat timeout", "Broken pipe")
 _PEER_WORDS = ("Connection reset by peer", "Socket closed", "coordination service", "Collective ops is aborted", "CollectiveOps")
 
 Vector = NDArray[np.float64]
@@ -39,8 +43,11 @@ class Workers(Protocol):
     def any(self, here: bool) -> bool:
         """Whether it is so on any worker."""
 
+    def of_chief(self, number: int) -> int:
+        """The chief's number, on all."""
+
     def leave(self) -> None:
-        """Wait until all are here; the last thing that a worker does."""
+        """Wait until all have done their part; the last thing that a worker does."""
 
 
 class Alone:
@@ -55,6 +62,10 @@ class Alone:
     def any(self, here: bool) -> bool:
         """What is here is all."""
         return here
+
+    def of_chief(self, number: int) -> int:
+        """This is the chief."""
+        return number
 
     def leave(self) -> None:
         """Nobody to wait for."""
@@ -86,8 +97,16 @@ class Together:
         """Whether it is so on any worker."""
         return bool(self.add_up(np.array([float(here)]))[0])
 
+    def of_chief(self, number: int) -> int:
+        """The chief's number, on all."""
+        return int(self.add_up(np.array([float(number) if self.index == 0 else 0.0]))[0])
+
     def leave(self) -> None:
-        """Wait for all, so that none finds the chief gone in the middle of its last words; then their end is their own."""
+        """Learn that all have done their part; then wait once more, so that none finds another gone while it learns it.
+
+        A worker that fails in its part never comes here, and the first sum fails for all the others.
+        """
+        self.any(False)
         try:
             self.any(False)
         except tf.errors.OpError as error:
@@ -112,21 +131,39 @@ def naming_lost_peers(cluster: Cluster) -> Iterator[None]:
         known = isinstance(error, PEER_ERRORS) or any(words in error.message for words in _PEER_WORDS)
         if cluster.size == 1 or not known:
             raise
-        reason = error.message.strip().splitlines()[0][:200]
         raise PeerLostError(
-            f"worker {cluster.index}: a peer was lost ({type(error).__name__}: {reason}); run all workers again: "
-            "they go on from the newest checkpoint"
+            f"worker {cluster.index}: {_lost(cluster, error)}; run all workers again: they go on from the newest checkpoint"
         ) from error
+
+
+def _lost(cluster: Cluster, error: tf.errors.OpError) -> str:
+    """Which peer was lost, as far as TensorFlow says, and why."""
+    named = re.search(r"/job:worker/replica:\d+/task:(\d+)", error.message)
+    number = int(named[1]) if named else cluster.index
+    known = number != cluster.index and number < cluster.size
+    who = f"worker {number} ({cluster.workers[number]}) was lost" if known else "a peer was lost"
+    reasons = [words for words in _REASONS if words in error.message]
+    return f"{who} ({reasons[0] if reasons else type(error).__name__})"
 
 
 class Watchdog:
     """A thread that ends the process when nothing has moved for too long: TensorFlow does not notice every hanging peer."""
 
-    def __init__(self, seconds: float, progress: Callable[[], int]) -> None:
-        """Watch `progress`, a number that grows with every step."""
-        self._seconds, self._progress = seconds, progress
+    def __init__(self, seconds: float, hurried: Callable[[], bool]) -> None:
+        """Allow so many seconds without progress, and fewer where `hurried` says that a signal has come.
+
+        Before the first step there is more to do than in any later one, so less than FIRST_SECONDS is not enough for it.
+        """
+        self._seconds, self._hurried = seconds, hurried
+        self._progress: Callable[[], int] | None = None
         self._over = threading.Event()
         self._moved = time.monotonic()
+        self._stepped = False
+
+    def follow(self, progress: Callable[[], int]) -> None:
+        """Watch a number that grows with every step."""
+        self._progress = progress
+        self.beat()
 
     def beat(self) -> None:
         """Something was done that is no step."""
@@ -138,18 +175,22 @@ class Watchdog:
         return self
 
     def _watch(self) -> None:
-        seen = self._progress()
+        seen: int | None = None
         while not self._over.wait(LOOK_EVERY_SECONDS):
-            now = self._progress()
+            now = self._progress() if self._progress else None
             if now != seen:
+                self._stepped = seen is not None
                 seen = now
                 self.beat()
-            if time.monotonic() - self._moved > self._seconds:
-                self._end(now)
+            limit = self._seconds if self._stepped else max(self._seconds, FIRST_SECONDS)
+            if self._hurried():
+                limit = min(limit, HURRIED_SECONDS)
+            if time.monotonic() - self._moved > limit:
+                self._end(limit, seen or 0)
 
-    def _end(self, step: int) -> None:
+    def _end(self, limit: float, step: int) -> None:
         print(
-            f"trainer: no step for {self._seconds:.0f} s after step {step}: a peer hangs or is out of reach; run all workers "
+            f"trainer: no step for {limit:.0f} s after step {step}: a peer hangs or is out of reach; run all workers "
             "again: they go on from the newest checkpoint (runtime.peer_timeout_seconds sets how long to wait)",
             file=sys.stderr,
             flush=True,

@@ -58,11 +58,11 @@ class Run:
         strategy: tf.distribute.Strategy,
         workers: Workers,
         stop: StopSignal,
+        watchdog: Watchdog,
     ) -> None:
         self.config, self.folder, self.data, self.state = config, folder, data, state
-        self.strategy, self.workers, self.stop = strategy, workers, stop
+        self.strategy, self.workers, self.stop, self.watchdog = strategy, workers, stop, watchdog
         self.meter = Meter(config.train.batch_size)
-        self.watchdog = Watchdog(config.runtime.peer_timeout_seconds, lambda: int(state.step.numpy()))
         writes = workers.index == 0
         self.checkpoints = (Checkpoints if writes else NonChiefCheckpoints)(folder.checkpoints, config.train.keep)
         self.summaries = (Summaries if writes else NullSummaries)(folder.summaries)
@@ -102,9 +102,9 @@ class Run:
             self.mark_best()
 
     def steps_per_block(self) -> int:
-        """Steps that the device does before the host looks again."""
+        """Steps that the devices do before the hosts look again; the chief's clock counts for all."""
         wanted = self.config.train.steps_per_loop
-        return self.meter.steps_per_block() if wanted == "auto" else wanted
+        return self.workers.of_chief(self.meter.steps_per_block() if wanted == "auto" else wanted)
 
     def evaluate(self, step: int) -> None:
         """Measure on val; note the best so far and save it."""

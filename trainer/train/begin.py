@@ -5,6 +5,7 @@ can be found wrong is found before it, in plain Python, and the workers meet wit
 """
 
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +19,9 @@ from trainer.data.sample import ensure_sample
 from trainer.errors import TrainerError, UserError
 from trainer.runtime import strategy as devices
 from trainer.runtime.checkpoints import Checkpoints, Marker
+from trainer.runtime.preemption import hold_signals
 from trainer.runtime.rendezvous import Message, Rendezvous
-from trainer.runtime.run_folder import NonChiefFolder, RunFolder, fingerprint
+from trainer.runtime.run_folder import DEAD_NODE_SECONDS, LOCK_SECONDS, SEE_SECONDS, NonChiefFolder, RunFolder, fingerprint
 from trainer.runtime.strategy import Choice, Devices
 from trainer.runtime.versions import run_notes, warn_of_changes
 from trainer.train.block import check_replicas, fitting_batch_sizes
@@ -55,23 +57,24 @@ class Start:
 
     Attributes:
         config: the settings, the batch size adapted.
-        folder, data, strategy: what they say.
+        folder, data: what they say.
         newest: the checkpoint to go on from, the same on all workers; None at the beginning.
         finished: there is nothing left to do.
         mark: the fingerprint of config and data, under which a failure is recorded.
+        build: makes the strategy; from then on signals are kept back until a StopSignal hears them.
     """
 
     config: Config
     folder: RunFolder
     data: PairData
-    strategy: tf.distribute.Strategy
     newest: Marker | None
     finished: bool
     mark: str
+    build: Callable[[], tf.distribute.Strategy]
 
 
 def begin(order: Order) -> Start:
-    """Make everything ready for the first step.
+    """Make everything ready for the first step, up to the strategy.
 
     Raises:
         UserError: config, data, devices, folder or environment must change first.
@@ -84,11 +87,14 @@ def begin(order: Order) -> Start:
     replicas = alone.num_replicas_in_sync if alone else devices.count_replicas(choice, order.cluster, have)
     ready = Preparation(order, replicas, threads)
     plan = ready.meet(have) if alone is None else ready.by_itself()
-    if plan["finished"]:
-        return ready.start(alone or tf.distribute.get_strategy(), plan)
-    strategy = alone or devices.build(choice, order.cluster, have)
-    ready.say_what_begins(choice, devices.describe(strategy, have, threads))
-    return ready.start(strategy, plan)
+
+    def build() -> tf.distribute.Strategy:
+        hold_signals()
+        strategy = alone or devices.build(choice, order.cluster, have)
+        ready.say_what_begins(choice, devices.describe(strategy, have, threads))
+        return strategy
+
+    return ready.start(plan, build)
 
 
 class Preparation:
@@ -100,17 +106,21 @@ class Preparation:
         self.folder = kind(order.model_dir)
         self.config = order.config
         self.data: PairData | None = None
+        self.newest: Marker | None = None
 
     def by_itself(self) -> Message:
         """Prepare a process without peers."""
         self._look_at_own()
-        return self.as_chief()
+        plan = self.as_chief()
+        self._check_failure([])
+        return plan
 
     def meet(self, have: Devices) -> Message:
         """Come to the rendezvous, with what was found here."""
         failure = self._failure_of(self._look_at_own)
         digest = self.data.manifest.digest() if self.data else "the packaged sample"
-        meeting = Rendezvous(self._order.cluster, self._trains(have, digest), self.config.runtime.rendezvous_seconds)
+        seconds, mark = self.config.runtime.rendezvous_seconds, self.mark() if self.data else ""
+        meeting = Rendezvous(self._order.cluster, self._trains(have, digest), seconds, mark)
         if not self._order.cluster.is_chief:
             return meeting.as_worker(self._follow, failure)
 
@@ -119,7 +129,14 @@ class Preparation:
                 raise failure
             return self.as_chief()
 
-        return meeting.as_chief(prepare)
+        return meeting.as_chief(prepare, self._check_failure)
+
+    def mark(self) -> str:
+        """The fingerprint of what this worker trains, and on which files."""
+        return fingerprint(self.config, self._data().folder)
+
+    def _check_failure(self, marks_of_others: list[str]) -> None:
+        self.folder.check_failure({self.mark(), *marks_of_others})
 
     @staticmethod
     def _failure_of(act: Callable[[], None]) -> TrainerError | None:
@@ -159,12 +176,10 @@ class Preparation:
 
     def as_chief(self) -> Message:
         """Claim the folder and choose the checkpoint; what all workers have to know."""
-        self.folder.claim()
+        self.folder.claim(DEAD_NODE_SECONDS if self._order.cluster.size > 1 else LOCK_SECONDS)
         self.folder.check_config(self.config)
         self._read_data(ensure_sample)
-        mark = fingerprint(self.config, self._data().folder)
-        self.folder.check_failure(mark)
-        newest = Checkpoints(self.folder.checkpoints, self.config.train.keep).newest_whole()
+        newest = self.newest = Checkpoints(self.folder.checkpoints, self.config.train.keep).newest_whole()
         finished = newest is not None and is_finished(newest, self.folder, self._data(), self.config)
         if not finished:
             self._note_what_runs()
@@ -186,7 +201,7 @@ class Preparation:
         """
         data, folder = self._data(), self.folder
         before = folder.notes()
-        now = run_notes(self._threads, data.manifest.digest()) | {"replicas": str(self._replicas)}
+        now = run_notes(self._threads, data.manifest.digest()) | self._notes_of_devices()
         if before.get("data", now["data"]) != now["data"]:
             raise UserError(f"{folder.path}: this run was trained on other data than {data.folder}; use another --model_dir")
         warn_of_changes(before, now)
@@ -203,12 +218,26 @@ class Preparation:
         advice = "every worker must see the same folder: put it on a shared file system"
         if not self.folder.is_claimed_with(plan["token"]):
             raise UserError(f"{place}: is not the chief's folder but one of this host; {advice}")
-        if plan["prefix"] and not self._marker(plan["prefix"]):
+        if plan["prefix"] and not self._find(plan["prefix"]):
             raise UserError(f"{place}: the chief goes on from {plan['prefix']}, which is not there; {advice}")
         self._read_data(lambda folder: folder)
 
-    def _marker(self, prefix: str | None) -> Marker | None:
-        return Checkpoints(self.folder.checkpoints, self.config.train.keep).marker(prefix) if prefix else None
+    def _find(self, prefix: str) -> Marker | None:
+        """The chief's checkpoint, which a network file system may show late."""
+        checkpoints, deadline = Checkpoints(self.folder.checkpoints, self.config.train.keep), time.monotonic() + SEE_SECONDS
+        while not (marker := checkpoints.marker(prefix)) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        self.newest = marker
+        return marker
+
+    def _notes_of_devices(self) -> dict[str, str]:
+        """What the bits depend on besides software, and with norm: batch what is computed."""
+        config, runtime = self.config, self.config.runtime
+        parts = self._replicas * config.train.microbatches
+        together = {"pairs normalised together": str(config.train.batch_size // parts)} if config.model.norm == "batch" else {}
+        counts = {"replicas": self._replicas, "workers": self._order.cluster.size, "microbatches": config.train.microbatches}
+        switches = {"jit": runtime.jit, "tf32": runtime.tf32, "deterministic": runtime.deterministic}
+        return {name: str(value) for name, value in (counts | switches).items()} | together
 
     def say_what_begins(self, choice: Choice, where: str) -> None:
         """Two lines, so that nobody trains for a day on the wrong thing."""
@@ -216,13 +245,13 @@ class Preparation:
         source = data.folder if self.config.data.dir else "the packaged sample; --data_dir names another data set"
         log.info("strategy %s (%s): %s", choice.name, choice.why, where)
         pairs, name = data.train.examples, data.manifest.name
+        if self.config.runtime.jit:
+            log.info("runtime.jit: the first step compiles both networks, which can take minutes")
         log.info("training on %s (%s), %d pairs, into %s", name, source, pairs, self.folder.path)
 
-    def start(self, strategy: tf.distribute.Strategy, plan: Message) -> Start:
+    def start(self, plan: Message, build: Callable[[], tf.distribute.Strategy]) -> Start:
         """Everything together."""
-        data = self._data()
-        mark = fingerprint(self.config, data.folder)
-        return Start(self.config, self.folder, data, strategy, self._marker(plan["prefix"]), plan["finished"], mark)
+        return Start(self.config, self.folder, self._data(), self.newest, plan["finished"], self.mark(), build)
 
 
 def software(notes: dict[str, str]) -> dict[str, str]:

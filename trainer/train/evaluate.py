@@ -128,7 +128,7 @@ class Evaluator:
         scores = self._scorer(multiscale=True) if multiscale else self._scores
         size = EVALUATION_BATCH * self._replicas
         own, padded = own_numbers(split.examples, size, self._workers)
-        with self._data.naming_damage(split, lambda: range(split.examples)):
+        with self._data.naming_damage(split, lambda: own):
             for batch in elements(self._data.batches_of(split, padded, size)):
                 if self._workers.any(interrupted()):
                     raise InterruptedEvaluation

@@ -11,7 +11,7 @@ from trainer.runtime.checkpoints import Marker
 from trainer.runtime.preemption import StopSignal
 from trainer.runtime.progress import Progress
 from trainer.runtime.run_folder import RunFolder
-from trainer.runtime.workers import meet, naming_lost_peers
+from trainer.runtime.workers import Watchdog, meet, naming_lost_peers
 from trainer.train.actions import Run
 from trainer.train.begin import Order, Start, begin
 from trainer.train.block import deal, make_block
@@ -30,16 +30,16 @@ def train(order: Order) -> str:
         PeerLostError: another worker went away.
         StoppedError: a signal asked for a stop; what was done is saved.
     """
-    if order.cluster.role == "evaluator":
-        return "this process is an evaluator, and there is nothing for it to do: the workers measure between their steps"
     start = begin(order)
     if start.finished and start.newest:
         return "this run is finished; raise train.steps to go on\n" + closing_lines(start.folder, start.newest)
+    strategy = start.build()
     with naming_lost_peers(order.cluster), StopSignal() as stop:
-        state = TrainState(start.config, start.data.specs, start.strategy)
-        workers = meet(start.strategy, order.cluster)
-        run = Run(start.config, start.folder, start.data, state, start.strategy, workers, stop)
-        with run.watchdog if order.cluster.size > 1 else nullcontext():
+        watchdog = Watchdog(start.config.runtime.peer_timeout_seconds, lambda: stop.received is not None)
+        with watchdog if order.cluster.size > 1 else nullcontext():
+            state = TrainState(start.config, start.data.specs, strategy)
+            workers = meet(strategy, order.cluster)
+            run = Run(start.config, start.folder, start.data, state, strategy, workers, stop, watchdog)
             run_to_the_end(run, start)
     if not order.cluster.is_chief:
         return f"worker {order.cluster.index} is done; the chief has written everything to {start.folder.path}"
@@ -80,6 +80,7 @@ def train_to_the_end(run: Run) -> None:
     """Blocks of steps, each followed by what is due, until the last step; then the test split."""
     state, train = run.state, run.config.train
     step = int(state.step.numpy())
+    run.watchdog.follow(lambda: int(state.step.numpy()))
     block = make_block(run.strategy, state, run.config, run.stop, deal(run.strategy, run.data, run.config, step))
     progress = Progress(step, train.steps, train.batch_size)
     try:

@@ -177,10 +177,11 @@ def update(
 ) -> tf.Tensor:
     """Add the gradients up over replicas and apply them, unless one, or a term of the loss, is not finite; say whether."""
     reduced = sum_over_replicas([*gradients, *terms])
-    finite = allowed & all_finite(reduced)
     summed = reduced[: len(gradients)]
+    norm = tf.linalg.global_norm(summed)  # finite only if every element is, and its square, which Adam takes
+    finite = allowed & all_finite([norm, *reduced[len(gradients) :]])
     if config.optimizer.clip_norm:
-        summed, _ = tf.clip_by_global_norm(summed, config.optimizer.clip_norm)
+        summed, _ = tf.clip_by_global_norm(summed, config.optimizer.clip_norm, use_norm=norm)
     optimizer.apply(summed, clock, finite)
     return finite
 
