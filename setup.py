@@ -46,6 +46,7 @@ setup(
             "mypy>=1.13",
             "pytest>=8",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
             "ruff>=0.8",
             "scikit-image>=0.24",
             "scipy>=1.11",

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -27,11 +28,21 @@ def _filtered_stderr() -> Iterator[None]:
             os.write(2, b"".join(lines))
 
 
+@contextmanager
+def _signals_for_the_main_thread() -> Iterator[None]:
+    """Start threads that take no SIGTERM and no SIGINT, so that the main thread can keep one back until it can answer it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def load_tensorflow() -> None:
     """Import TensorFlow and Keras once, quietly, on the backend and with the defaults that this code is written for."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ["KERAS_BACKEND"] = "tensorflow"
-    with _filtered_stderr():
+    with _filtered_stderr(), _signals_for_the_main_thread():
         tensorflow = importlib.import_module("tensorflow")
         keras = importlib.import_module("keras")
     keras.config.set_image_data_format("channels_last")  # a keras.json in the user's home may say otherwise
