@@ -5,8 +5,12 @@ VENV   ?= .venv
 PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && echo $$p && break; done)
 BIN    := $(VENV)/bin
+# Two files of tests at a time; the limits of time and memory are measured alone.
+LOCK = $(BIN)/uv pip compile -q --upgrade --generate-hashes --python-version 3.11 --python-platform x86_64-manylinux_2_31 \
+	--no-emit-index-url --no-annotate --custom-compile-command "make lock"
+TWO_AT_ONCE := -n 2 --dist loadfile
 
-.PHONY: help quickstart test test-all lint format drawings clean
+.PHONY: help quickstart test test-all lint format lock drawings clean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -30,10 +34,11 @@ quickstart: $(VENV)/.installed-cpu ## install, train on the sample for about two
 	$(BIN)/trainer --config=configs/sample.yaml --model_dir=runs/sample
 
 test: $(VENV)/.installed-dev ## install, run the tests that fit before every commit
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(TWO_AT_ONCE)
 
 test-all: $(VENV)/.installed-dev ## run every test, the long ones too
-	$(BIN)/python -m pytest -m 'slow or not slow'
+	$(BIN)/python -m pytest -m 'slow or not slow' $(TWO_AT_ONCE) --ignore tests/test_limits.py
+	$(BIN)/python -m pytest -m slow tests/test_limits.py
 
 lint: $(VENV)/.installed-dev ## style and types
 	$(BIN)/ruff check .
@@ -43,6 +48,10 @@ lint: $(VENV)/.installed-dev ## style and types
 format: $(VENV)/.installed-dev ## lay the code out
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+lock: $(VENV)/.installed-dev ## lock the images' dependencies with hashes into docker/
+	for target in cpu gpu tpu; do $(LOCK) setup.py --extra $$target -o docker/requirements-$$target.txt || exit 1; done
+	printf 'setuptools>=77\nwheel\n' | $(LOCK) - -o docker/requirements-build.txt
 
 drawings: $(VENV)/.installed-cpu ## draw networks and data flow from the code into docs/images
 	$(BIN)/python docs/draw_networks.py
