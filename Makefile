@@ -10,7 +10,7 @@ LOCK = $(BIN)/uv pip compile -q --upgrade --generate-hashes --python-version 3.1
 	--no-emit-index-url --no-annotate --custom-compile-command "make lock"
 TWO_AT_ONCE := -n 2 --dist loadfile
 
-.PHONY: help quickstart test test-all lint format lock drawings clean
+.PHONY: help quickstart test test-tf220 test-all lint format lock drawings clean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -35,6 +35,11 @@ quickstart: $(VENV)/.installed-cpu ## install, train on the sample for about two
 
 test: $(VENV)/.installed-dev ## install, run the tests that fit before every commit
 	$(BIN)/python -m pytest $(TWO_AT_ONCE)
+
+test-tf220: ## run the tests of `make test` on TensorFlow 2.20, which the TPU image has, in .venv-tf220
+	test -x .venv-tf220/bin/python || $(PYTHON) -m venv .venv-tf220
+	.venv-tf220/bin/python -m pip install -qq --editable '.[cpu,dev]' 'tensorflow-cpu==2.20.*'
+	.venv-tf220/bin/python -m pytest $(TWO_AT_ONCE)
 
 test-all: $(VENV)/.installed-dev ## run every test, the long ones too
 	$(BIN)/python -m pytest -m 'slow or not slow' $(TWO_AT_ONCE) --ignore tests/test_limits.py

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from trainer.cluster import Cluster, VertexFolders, read_cluster
+from trainer.cluster import Cluster, VertexFolders, read_cluster, read_container
 from trainer.errors import UserError
 
 A, B, C = "10.0.0.1:2222", "10.0.0.2:2222", "10.0.0.3:2222"
@@ -152,3 +152,11 @@ def test_a_broken_or_contradictory_environment_gets_one_line(environment: dict[s
 def test_it_loads_no_tensorflow() -> None:
     program = "import sys, trainer.cluster; sys.exit('tensorflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_what_is_told_of_the_container() -> None:
+    told = read_container({"TRAINER_IMAGE": "trainer@sha256:1", "TRAINER_REVISION": "", "TRAINER_GRACE_SECONDS": "30"})
+    assert (dict(told.notes), told.grace_seconds) == ({"image": "trainer@sha256:1"}, 30)
+    assert (dict(read_container({}).notes), read_container({}).grace_seconds) == ({}, None)
+    with pytest.raises(UserError, match="^TRAINER_GRACE_SECONDS=1m: allowed: a whole number$"):
+        read_container({"TRAINER_GRACE_SECONDS": "1m"})

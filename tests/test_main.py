@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 import time
@@ -150,3 +151,14 @@ def test_a_flag_that_is_a_setting_is_pointed_to() -> None:
     done = run_trainer("--seed=1")
     assert done.returncode == 2
     assert done.stderr.strip().endswith("lists its flags); the setting is --set seed=...")
+
+
+@pytest.mark.parametrize(("seconds", "verdict"), [("60", "fits"), ("1", "is too short")])
+def test_a_dry_run_says_whether_a_stop_has_the_time_to_save(seconds: str, verdict: str, tmp_path: Path) -> None:
+    done = run_trainer("--dry_run", f"--model_dir={tmp_path}/run", TRAINER_GRACE_SECONDS=seconds)
+    assert done.returncode == 0, done.stderr
+    line = (
+        rf"  a stop saves 97 MB: about \d+\.\d s at the [\d,]+ MB/s measured here; the grace period of {seconds} s .* {verdict}"
+    )
+    assert re.search(line, done.stdout)
+    assert list(tmp_path.iterdir()) == []

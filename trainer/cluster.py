@@ -12,7 +12,7 @@ import importlib.util
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from trainer.errors import UserError
@@ -233,6 +233,31 @@ def _vertex_folders(environment: Mapping[str, str]) -> VertexFolders:
         if environment.get(name) and not environment[name].startswith(("gs://", "/")):
             raise UserError(f"{name}={environment[name]}: allowed: gs://BUCKET/FOLDER or an absolute folder")
     return VertexFolders(*(environment.get(name) or None for name in names))
+
+
+@dataclass(frozen=True)
+class Container:
+    """What the process is told of the container that it runs in.
+
+    Attributes:
+        notes: image and revision, if they are told, for the run's config.yaml.
+        grace_seconds: the time between a signal and the end by force; None if it is not told.
+    """
+
+    notes: Mapping[str, str] = field(default_factory=dict)
+    grace_seconds: int | None = None
+
+
+def read_container(environment: Mapping[str, str]) -> Container:
+    """TRAINER_IMAGE, TRAINER_REVISION and TRAINER_GRACE_SECONDS.
+
+    Raises:
+        UserError: the grace period is no number.
+    """
+    told = {"image": environment.get("TRAINER_IMAGE"), "revision": environment.get("TRAINER_REVISION")}
+    grace = environment.get("TRAINER_GRACE_SECONDS")
+    seconds = _number("TRAINER_GRACE_SECONDS", grace) if grace else None
+    return Container({name: value for name, value in told.items() if value}, seconds)
 
 
 def check_environment(environment: Mapping[str, str]) -> None:

@@ -10,7 +10,7 @@ from types import FrameType
 from absl import flags
 
 from trainer.arguments import need
-from trainer.cluster import check_environment, read_cluster
+from trainer.cluster import check_environment, read_cluster, read_container
 from trainer.config import SAMPLE_CONFIG, Config, load_config
 from trainer.errors import StoppedError, UserError
 from trainer.runtime.logs import Where, configure_logs
@@ -68,7 +68,8 @@ def train(values: flags.FlagValues) -> str:
     _begin(values)
     from trainer.train.begin import Order
 
-    order = Order(config, model_dir, values.strategy, cluster, adaptable=_is_untouched_sample(values))
+    container = read_container(os.environ)
+    order = Order(config, model_dir, values.strategy, cluster, container, adaptable=_is_untouched_sample(values))
     if values.dry_run:
         from trainer.train.plan import dry_run
 

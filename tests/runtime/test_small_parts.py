@@ -114,3 +114,8 @@ def test_on_a_terminal_progress_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "50%" in terminal.getvalue()
     assert "step 5/10" in terminal.getvalue()
     assert "L1 9" in terminal.getvalue()
+
+
+def test_the_speed_of_a_disk_is_measured_and_nothing_left(tmp_path: Path) -> None:
+    assert files.write_speed(tmp_path / "not" / "there") > 1
+    assert list(tmp_path.iterdir()) == []

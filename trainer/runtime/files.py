@@ -3,10 +3,13 @@
 import os
 import secrets
 import shutil
+import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+PROBE_MEBIBYTES = 64
 TEMPORARY = ".writing-"  # and not the file's own name: TensorBoard reads whatever has `tfevents` in it
 
 
@@ -23,6 +26,18 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_speed(folder: Path) -> float:
+    """MB/s (10^6 bytes) at which the disk below a folder, or below where it would be, takes a file; nothing is left there."""
+    below = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
+    block, began = os.urandom(1 << 20), time.perf_counter()
+    with tempfile.TemporaryFile(dir=below) as file:
+        for _ in range(PROBE_MEBIBYTES):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+    return PROBE_MEBIBYTES * len(block) / 1e6 / (time.perf_counter() - began)
 
 
 @contextmanager

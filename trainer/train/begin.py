@@ -12,7 +12,7 @@ from pathlib import Path
 
 import tensorflow as tf
 
-from trainer.cluster import Cluster
+from trainer.cluster import Cluster, Container
 from trainer.config import Config, leaves
 from trainer.data.pipeline import PairData
 from trainer.data.sample import ensure_sample
@@ -41,6 +41,7 @@ class Order:
         model_dir: the run's folder.
         wanted: the strategy by name.
         cluster: where this process stands.
+        container: what is known of the container around this process.
         adaptable: the batch size is nobody's wish, so it may be raised to a multiple of the replicas.
     """
 
@@ -48,6 +49,7 @@ class Order:
     model_dir: Path
     wanted: str = "auto"
     cluster: Cluster = field(default_factory=Cluster)
+    container: Container = field(default_factory=Container)
     adaptable: bool = False
 
 
@@ -201,7 +203,7 @@ class Preparation:
         """
         data, folder = self._data(), self.folder
         before = folder.notes()
-        now = run_notes(self._threads, data.manifest.digest()) | self._notes_of_devices()
+        now = run_notes(self._threads, data.manifest.digest()) | self._notes_of_devices() | dict(self._order.container.notes)
         if before.get("data", now["data"]) != now["data"]:
             raise UserError(f"{folder.path}: this run was trained on other data than {data.folder}; use another --model_dir")
         warn_of_changes(before, now)

@@ -9,6 +9,7 @@ from trainer.config import Config, to_tree
 from trainer.data.pipeline import PairData
 from trainer.data.sample import prepared_folder
 from trainer.model.discriminators import patch_convolutions, receptive_field
+from trainer.runtime import files
 from trainer.runtime import strategy as devices
 from trainer.runtime.checkpoints import Checkpoints
 from trainer.runtime.run_folder import RunFolder
@@ -16,6 +17,8 @@ from trainer.train.begin import Order, Preparation
 from trainer.train.state import build_networks
 
 BYTES_PER_FLOAT = 4
+SAFETY = 2  # a disk that is shared is not always as fast
+STEP_SECONDS = 2.0  # the step that is under way is finished first
 ADAM_COPIES = 3  # a weight and its two moments
 
 
@@ -88,6 +91,17 @@ def describe(config: Config, data: PairData) -> str:
     return "\n".join(lines)
 
 
+def describe_stop(order: Order, config: Config, data: PairData) -> str:
+    """Whether a stop has the time to save: the size of a checkpoint, the speed of the disk, the grace period."""
+    megabytes, speed = checkpoint_megabytes(*build_networks(config, data.specs)), files.write_speed(order.model_dir)
+    seconds, grace = megabytes / speed, order.container.grace_seconds
+    saved = f"  a stop saves {megabytes:,.0f} MB: about {seconds:.1f} s at the {speed:,.0f} MB/s measured here"
+    if grace is None:
+        return saved + "; docker stop leaves 10 s, Kubernetes 30 s, unless they are told otherwise"
+    fits = "fits" if SAFETY * seconds + STEP_SECONDS < grace else "is too short"
+    return saved + f"; the grace period of {grace} s (TRAINER_GRACE_SECONDS) {fits}"
+
+
 def describe_run(folder: RunFolder, config: Config) -> str:
     """Where the run would go, and what is there already."""
     markers = Checkpoints(folder.checkpoints, config.train.keep).markers()
@@ -121,4 +135,5 @@ def dry_run(order: Order) -> str:
     config, shared = describe_devices(order)
     with prepared_folder(config.data.dir) as folder:
         data = PairData(folder, config).check_training()
-        return "\n".join([describe(config, data), shared, describe_run(RunFolder(order.model_dir), config)])
+        lines = [describe(config, data), shared, describe_stop(order, config, data)]
+        return "\n".join([*lines, describe_run(RunFolder(order.model_dir), config)])
