@@ -158,5 +158,5 @@ def test_what_is_told_of_the_container() -> None:
     told = read_container({"TRAINER_IMAGE": "trainer@sha256:1", "TRAINER_REVISION": "", "TRAINER_GRACE_SECONDS": "30"})
     assert (dict(told.notes), told.grace_seconds) == ({"image": "trainer@sha256:1"}, 30)
     assert (dict(read_container({}).notes), read_container({}).grace_seconds) == ({}, None)
-    with pytest.raises(UserError, match="^TRAINER_GRACE_SECONDS=1m: allowed: a whole number$"):
+    with pytest.raises(UserError, match=r"^TRAINER_GRACE_SECONDS=1m: allowed: a whole number$"):
         read_container({"TRAINER_GRACE_SECONDS": "1m"})
