@@ -5,10 +5,8 @@
 
 FROM python:3.11-slim-bookworm AS builder
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONDONTWRITEBYTECODE=1
-# The console script, with which no layer of dependencies has to change when the package does.
-RUN python3 -m venv /opt/trainer \
-    && printf '#!/opt/trainer/bin/python3\nfrom trainer.__main__ import main\n\nmain()\n' > /opt/trainer/bin/trainer \
-    && chmod 755 /opt/trainer/bin/trainer
+COPY docker/entry.py /tmp/entry.py
+RUN python3 -m venv /opt/trainer && install -m 755 /tmp/entry.py /opt/trainer/bin/trainer
 
 # -- the package, for all targets
 FROM builder AS package

@@ -48,6 +48,7 @@ test-all: $(VENV)/.installed-dev ## run every test, the long ones too
 lint: $(VENV)/.installed-dev ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/hadolint --failure-threshold warning Dockerfile
 	$(BIN)/mypy
 
 format: $(VENV)/.installed-dev ## lay the code out

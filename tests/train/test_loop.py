@@ -294,6 +294,7 @@ main()
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_dead_at_any_write_it_ends_with_the_same_bits(tmp_path: Path) -> None:
     """The process ends at its n-th write of a file, for each n of a short run, and is started again until it is done."""
     settings = (

@@ -1,0 +1,283 @@
+"""The image as its users run it: real containers of a real daemon, without network, privileges or a root file system to write to.
+
+DOCKER names the command (default `docker`), TRAINER_IMAGE_UNDER_TEST the image (default trainer:cpu).
+"""
+
+import json
+import os
+import re
+import subprocess
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import SMALL
+from tests.train.test_loop import assert_same_run
+from trainer import __version__
+
+pytestmark = pytest.mark.container
+
+DOCKER = os.environ.get("DOCKER", "docker")
+IMAGE = os.environ.get("TRAINER_IMAGE_UNDER_TEST", "trainer:cpu")
+PYTHON = "/opt/trainer/bin/python3"
+LOCKED = ("--network=none", "--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges")
+SAMPLE = Path(__file__).parents[2] / "trainer" / "sample"
+GRACE_SECONDS = 10  # what docker stop leaves unless it is told otherwise
+FIELDS = {"severity", "time", "step", "worker", "message"}
+QUICK = tuple(f"--set={setting}" for setting in (*SMALL, "train.steps=30", "train.evaluate_every=0"))
+LONG = tuple(
+    f"--set={setting}"
+    for setting in (
+        *SMALL, "train.batch_size=2", "train.steps=300", "train.checkpoint_every=35", "train.summary_every=20",
+        "train.sample_every=100", "train.evaluate_every=50", "train.keep=2",
+    )
+)  # fmt: skip
+
+
+def docker(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([DOCKER, *arguments], capture_output=True, text=True, timeout=240, check=False)
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+class Containers:
+    """Containers and volumes that are removed in the end."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.volumes: list[str] = []
+
+    def volume(self) -> str:
+        self.volumes.append(f"trainer-test-{uuid.uuid4().hex}")
+        docker("volume", "create", self.volumes[-1])
+        return self.volumes[-1]
+
+    def start(self, *arguments: str, options: tuple[str, ...] = ()) -> str:
+        self.names.append(f"trainer-test-{uuid.uuid4().hex}")
+        docker("run", "--detach", "--name", self.names[-1], *LOCKED, *options, IMAGE, *arguments)
+        return self.names[-1]
+
+    def run(self, *arguments: str, options: tuple[str, ...] = ()) -> tuple[str, subprocess.CompletedProcess[str]]:
+        """The name and, with the exit code, what the logs hold, once the container has ended."""
+        name = self.start(*arguments, options=options)
+        docker("wait", name)
+        return name, ended(name)
+
+    def remove(self) -> None:
+        for name in self.names:
+            docker("rm", "--force", "--volumes", name)
+        for name in self.volumes:
+            docker("volume", "rm", name)
+
+
+def ended(name: str) -> subprocess.CompletedProcess[str]:
+    status, code = docker("inspect", "--format={{.State.Status}} {{.State.ExitCode}}", name).stdout.split()
+    assert status == "exited"
+    logs = docker("logs", name)
+    return subprocess.CompletedProcess(logs.args, int(code), logs.stdout, logs.stderr)
+
+
+def wait_for(name: str, words: str) -> None:
+    """Until the logs hold these words."""
+    deadline = time.monotonic() + 120
+    while words not in (text := (logs := docker("logs", name)).stdout + logs.stderr):
+        assert docker("inspect", "--format={{.State.Running}}", name).stdout.strip() == "true", text
+        assert time.monotonic() < deadline, text
+        time.sleep(0.02)
+
+
+def stop(name: str) -> float:
+    """Seconds that `docker stop` took, with its own grace."""
+    began = time.monotonic()
+    docker("stop", name)
+    return time.monotonic() - began
+
+
+def copy_run(name: str, to: Path) -> Path:
+    docker("cp", f"{name}:/runs/sample", str(to))
+    return to
+
+
+@pytest.fixture
+def containers() -> Iterator[Containers]:
+    made = Containers()
+    yield made
+    made.remove()
+
+
+@pytest.fixture(scope="module")
+def image() -> dict[str, object]:
+    return json.loads(docker("image", "inspect", IMAGE).stdout)[0]
+
+
+# -- runs
+
+
+def test_it_trains_locked_down_and_says_where_the_pictures_are(containers: Containers, tmp_path: Path) -> None:
+    name, done = containers.run("--strategy=mirrored", *QUICK)
+    assert done.returncode == 0, done.stderr
+    assert "strategy mirrored (asked for)" in done.stderr
+    assert re.search(r"^pictures +runs/sample/samples$", done.stdout, re.MULTILINE)
+    run = copy_run(name, tmp_path / "run")
+    assert list((run / "samples").glob("*.png"))
+    assert docker("diff", name).stdout == "", "nothing is written beside the volumes"
+
+
+def test_two_replicas_on_a_cpu(containers: Containers) -> None:
+    _, done = containers.run("--strategy=mirrored", "--set=runtime.cpu_devices=2", *QUICK)
+    assert done.returncode == 0, done.stderr
+    assert "2 replicas on CPUs" in done.stderr
+
+
+def test_any_user_may_run_it(containers: Containers, tmp_path: Path) -> None:
+    name, done = containers.run(*QUICK, options=("--user=12345:12345",))
+    assert done.returncode == 0, done.stderr
+    assert (copy_run(name, tmp_path / "run") / "checkpoints").is_dir()
+
+
+def test_your_own_pictures_and_a_folder_for_runs_are_mounted(containers: Containers, tmp_path: Path) -> None:
+    me = f"{os.getuid()}:{os.getgid()}"
+    for folder in ("data", "runs"):
+        (tmp_path / folder).mkdir()
+    source, data, runs = f"{SAMPLE}:/source:ro", f"{tmp_path / 'data'}:/data", f"{tmp_path / 'runs'}:/runs"
+    _, prepared = containers.run(
+        "prepare", "--source=/source", "--output=/data/pairs", options=(f"--user={me}", "--volume", source, "--volume", data)
+    )
+    assert prepared.returncode == 0, prepared.stderr
+    options = (f"--user={me}", "--volume", f"{data}:ro", "--volume", runs)
+    _, done = containers.run("--data_dir=/data/pairs", "--model_dir=/runs/mine", *QUICK, options=options)
+    assert done.returncode == 0, done.stderr
+    owners = {(path.stat().st_uid, path.stat().st_gid) for path in (tmp_path / "runs").rglob("*")}
+    assert owners == {(os.getuid(), os.getgid())}
+
+
+def test_the_image_and_revision_that_ran_are_in_the_config(containers: Containers, tmp_path: Path) -> None:
+    told = ("-e", "TRAINER_IMAGE=trainer@sha256:abc", "-e", "TRAINER_REVISION=0123abc")
+    name, done = containers.run(*QUICK, options=told)
+    assert done.returncode == 0, done.stderr
+    lines = (copy_run(name, tmp_path / "run") / "config.yaml").read_text().splitlines()
+    assert {"# image: trainer@sha256:abc", "# revision: 0123abc"} <= set(lines)
+
+
+# -- stops
+
+
+def test_docker_stop_saves_and_the_next_run_ends_with_the_same_bits(containers: Containers, tmp_path: Path) -> None:
+    volume, other = containers.volume(), containers.volume()
+    name = containers.start("--strategy=mirrored", *LONG, options=("--volume", f"{volume}:/runs"))
+    wait_for(name, "step 100: val L1")
+    seconds = stop(name)
+    stopped = ended(name)
+    assert stopped.returncode == 143, stopped.stderr
+    assert seconds < GRACE_SECONDS
+    last = stopped.stderr.strip().splitlines()[-1]
+    saved = re.fullmatch(
+        r"trainer: SIGTERM: stopped; step (\d+) is saved in /?runs/sample; the same command goes on from there", last
+    )
+    assert saved, last
+    assert 100 <= int(saved[1]) < 300
+    second, done = containers.run("--strategy=mirrored", *LONG, options=("--volume", f"{volume}:/runs"))
+    assert done.returncode == 0, done.stderr
+    assert f"going on from the checkpoint of step {saved[1]}" in done.stderr
+    undisturbed, done = containers.run("--strategy=mirrored", *LONG, options=("--volume", f"{other}:/runs"))
+    assert done.returncode == 0, done.stderr
+    assert_same_run(copy_run(second, tmp_path / "stopped"), copy_run(undisturbed, tmp_path / "undisturbed"))
+
+
+def loads_tensorflow(name: str) -> bool:
+    """Whether the library is mapped into process 1."""
+    return "tensorflow" in docker("exec", name, "cat", "/proc/1/maps", check=False).stdout
+
+
+def test_docker_stop_while_tensorflow_loads(containers: Containers) -> None:
+    name = containers.start("--strategy=mirrored", *LONG)
+    while not loads_tensorflow(name):
+        assert docker("inspect", "--format={{.State.Running}}", name).stdout.strip() == "true"
+    assert "training on" not in docker("logs", name).stderr
+    seconds = stop(name)
+    done = ended(name)
+    assert done.returncode == 143, done.stderr
+    assert seconds < GRACE_SECONDS
+    assert done.stderr.strip().splitlines()[-1].startswith("trainer: SIGTERM: stopped; ")
+
+
+def test_docker_stop_at_once(containers: Containers) -> None:
+    """Process 1 has no default action for a signal: one that comes before there is a handler is lost."""
+    seconds = stop(name := containers.start("--strategy=mirrored", *LONG))
+    assert ended(name).returncode == 143
+    assert seconds < GRACE_SECONDS
+
+
+# -- logs and errors
+
+
+def objects(done: subprocess.CompletedProcess[str]) -> list[dict[str, object]]:
+    lines = [json.loads(line) for line in (done.stdout + done.stderr).splitlines()]
+    assert lines
+    assert all(set(line) == FIELDS for line in lines)
+    return lines
+
+
+def test_every_line_is_an_object(containers: Containers) -> None:
+    _, done = containers.run("--strategy=mirrored", "--log_format=json", *QUICK)
+    assert done.returncode == 0, done.stdout
+    assert {line["severity"] for line in objects(done)} == {"INFO"}
+
+
+def test_every_line_is_an_object_when_it_is_stopped_too(containers: Containers) -> None:
+    name = containers.start("--log_format=json", *LONG)
+    wait_for(name, "step 50: val L1")
+    seconds = stop(name)
+    done = ended(name)
+    assert done.returncode == 143, done.stdout
+    assert seconds < GRACE_SECONDS
+    assert "trainer: SIGTERM: stopped; step " in str(objects(done)[-1]["message"])
+
+
+@pytest.mark.parametrize("mistake", ["--set=train.batch=3", "--data_dir=/nothing/here"])
+def test_a_mistake_is_one_line_and_code_2(mistake: str, containers: Containers) -> None:
+    _, done = containers.run(mistake)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"trainer: .+\n", done.stderr)
+
+
+# -- the image itself
+
+
+def test_it_runs_as_an_unprivileged_user(containers: Containers, image: dict[str, dict[str, object]]) -> None:
+    assert image["Config"]["User"] == "10001:10001"
+    name = containers.start("-c", "import os; print(os.getuid(), os.getgid(), os.getpid())", options=("--entrypoint", PYTHON))
+    docker("wait", name)
+    assert ended(name).stdout == "10001 10001 1\n"
+
+
+def test_it_holds_no_cache_and_no_secret(containers: Containers) -> None:
+    layers = docker("history", "--no-trunc", "--format={{.CreatedBy}}", IMAGE).stdout.lower().splitlines()
+    first = next(number for number, layer in enumerate(layers) if "groupadd --gid 10001" in layer)
+    ours = "\n".join(layers[: first + 1])  # the layers below are the base image's
+    assert re.findall(r"token|secret|passw|credential|key=|https?://|index.url", ours) == []
+    places = ("/opt", "/root", "/home", "/runs", "/tmp")  # /etc is the base image's
+    names = ("(", "-name", ".cache", "-o", "-name", "pip.conf", "-o", "-name", ".netrc", ")")
+    _, done = containers.run(*places, *names, options=("--user=0", "--cap-add=DAC_READ_SEARCH", "--entrypoint=find"))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_it_is_labelled(image: dict[str, dict[str, dict[str, str]]]) -> None:
+    labels = {name.removeprefix("org.opencontainers.image."): text for name, text in image["Config"]["Labels"].items()}
+    assert labels["title"].startswith("pix2pix-trainer (")
+    assert labels["licenses"] == "Apache-2.0"
+    assert labels["version"]
+    assert labels["revision"]
+
+
+def test_the_package_in_it_is_this_one(containers: Containers) -> None:
+    _, done = containers.run("--version")
+    assert (done.returncode, done.stdout) == (0, f"pix2pix-trainer {__version__}\n")
+
+
+def test_it_is_under_two_gigabytes(image: dict[str, int]) -> None:
+    print(f"\n{IMAGE}: {image['Size'] / 1e9:.2f} GB")
+    assert image["Size"] < 2.0e9
