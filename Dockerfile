@@ -45,7 +45,11 @@ ENV PATH=/opt/trainer/bin:$PATH HOME=/tmp TMPDIR=/tmp PYTHONUNBUFFERED=1 PYTHOND
 VOLUME ["/runs", "/tmp"]
 WORKDIR /
 USER 10001:10001
+LABEL org.opencontainers.image.title="pix2pix-trainer" \
+      org.opencontainers.image.licenses="Apache-2.0"
 ENTRYPOINT ["trainer"]
+
+# -- the images; version and revision come last, so that a new one leaves the layers of packages where they are
 
 FROM runtime AS gpu
 COPY --from=dependencies-gpu /opt/trainer /opt/trainer
@@ -55,9 +59,7 @@ ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     XLA_FLAGS=--xla_gpu_cuda_data_dir=/opt/trainer/lib/python3.11/site-packages/nvidia/cuda_nvcc
 ARG VERSION=0 REVISION=unknown
 ENV TRAINER_REVISION=$REVISION
-LABEL org.opencontainers.image.title="pix2pix-trainer (gpu)" \
-      org.opencontainers.image.description="Distributed training of paired image-to-image translation, for NVIDIA GPUs" \
-      org.opencontainers.image.licenses="Apache-2.0" \
+LABEL org.opencontainers.image.description="Distributed training of paired image-to-image translation, for NVIDIA GPUs" \
       org.opencontainers.image.version=$VERSION \
       org.opencontainers.image.revision=$REVISION
 
@@ -66,9 +68,7 @@ COPY --from=dependencies-tpu /opt/trainer /opt/trainer
 COPY --from=package /opt/package /opt/trainer/lib/python3.11/site-packages
 ARG VERSION=0 REVISION=unknown
 ENV TRAINER_REVISION=$REVISION
-LABEL org.opencontainers.image.title="pix2pix-trainer (tpu)" \
-      org.opencontainers.image.description="Distributed training of paired image-to-image translation, for the TPUs of one host" \
-      org.opencontainers.image.licenses="Apache-2.0" \
+LABEL org.opencontainers.image.description="Distributed training of paired image-to-image translation, for the TPUs of one host" \
       org.opencontainers.image.version=$VERSION \
       org.opencontainers.image.revision=$REVISION
 
@@ -78,8 +78,6 @@ COPY --from=dependencies-cpu /opt/trainer /opt/trainer
 COPY --from=package /opt/package /opt/trainer/lib/python3.11/site-packages
 ARG VERSION=0 REVISION=unknown
 ENV TRAINER_REVISION=$REVISION
-LABEL org.opencontainers.image.title="pix2pix-trainer (cpu)" \
-      org.opencontainers.image.description="Distributed training of paired image-to-image translation, for CPUs" \
-      org.opencontainers.image.licenses="Apache-2.0" \
+LABEL org.opencontainers.image.description="Distributed training of paired image-to-image translation, for CPUs" \
       org.opencontainers.image.version=$VERSION \
       org.opencontainers.image.revision=$REVISION

@@ -1,14 +1,18 @@
 """--log_format=json: every line of the process, from Python, C++ or a crash, as one object; signals and codes pass through."""
 
 import json
+import re
+import shutil
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import SMALL, run_trainer, start_trainer
 from trainer import relay
+from trainer.data import records
 from trainer.relay import entries
 
 FIELDS = ["severity", "time", "step", "worker", "message"]
@@ -38,10 +42,24 @@ def test_a_mistake_is_the_last_object(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (2, "")
     last = objects(done.stdout)[-1]
     assert last["severity"] == "ERROR"
-    assert str(last["message"]).startswith("trainer: ")
+    assert re.fullmatch(r"trainer: .+: train\.batch_size: got 99, allowed: up to the 40 training pairs", str(last["message"]))
     wrong = run_trainer("--log_format=json", "--speed=3")
     assert (wrong.returncode, wrong.stderr) == (2, "")
     assert "--help" in str(objects(wrong.stdout)[-1]["message"])
+
+
+def test_the_last_object_names_a_damaged_record_and_what_to_do(sample_folder: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(sample_folder, tmp_path / "data"))
+    shard = records.read_manifest(data).splits["train"][0]
+    content = bytearray((data / shard.file).read_bytes())
+    content[shard.offsets[3] + 900] ^= 4
+    (data / shard.file).write_bytes(content)
+    done = run_trainer(*flags(tmp_path / "run", "train.steps=40"), f"--data_dir={data}")
+    assert (done.returncode, done.stderr) == (2, "")
+    last = objects(done.stdout)[-1]
+    what = f"{data / shard.file}, record 3: the record's checksum does not match its bytes"
+    assert last["severity"] == "ERROR"
+    assert last["message"] == f"trainer: {what}; copy the shard again, or prepare the data again"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -65,14 +83,29 @@ os.abort()
 """
 
 
-def test_a_process_that_dies_in_c_is_told_of(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(relay, "CHILD", CRASHES)
+class Relayed:
+    """The relay with a child of another program; what it says goes to stdout."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+        self.monkeypatch, self.capfd = monkeypatch, capfd
+
+    def __call__(self, program: str, *arguments: str) -> tuple[int, list[dict[str, object]]]:
+        self.monkeypatch.setattr(relay, "CHILD", program)
+        code = relay.relay([sys.argv[0], *arguments])
+        return code, objects(self.capfd.readouterr().out)
+
+
+@pytest.fixture
+def relayed(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Relayed]:
     old = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    code = relay.relay([sys.argv[0]])
+    yield Relayed(monkeypatch, capfd)
     for number, handler in old.items():
         signal.signal(number, handler)
+
+
+def test_a_process_that_dies_in_c_is_told_of(relayed: Relayed) -> None:
+    code, lines = relayed(CRASHES)
     assert code == 128 + signal.SIGABRT
-    lines = objects(capfd.readouterr().out)
     assert [(line["severity"], line["message"]) for line in lines] == [
         ("ERROR", "out of memory"),
         ("ERROR", "Traceback (most recent call last):\n  File 'x', line 1\n\nValueError: no"),
@@ -81,12 +114,64 @@ def test_a_process_that_dies_in_c_is_told_of(monkeypatch: pytest.MonkeyPatch, ca
     ]
 
 
+LIBRARIES_SPEAK = """
+from trainer import commands
+from trainer.__main__ import relayed
+from trainer.runtime.logs import Where
+begin = commands._begin
+
+def begin_and_speak(values):
+    begin(values)
+    import tensorflow as tf
+    from absl import logging
+    Where.step, Where.worker = 7, 3
+    logging.warning("absl warns")
+    logging.error("absl fails\\nin two lines")
+    tf.get_logger().warning("TensorFlow warns")
+    tf.get_logger().error("TensorFlow fails")
+    try:
+        tf.io.read_file("/no/such/file")  # C++ warns
+    except tf.errors.NotFoundError:
+        pass
+
+commands._begin = begin_and_speak
+relayed()
+"""
+
+
+def test_lines_of_absl_and_of_tensorflow_are_one_object_each(relayed: Relayed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "1")
+    code, lines = relayed(LIBRARIES_SPEAK, "--dry_run", *flags(Path("nowhere")))
+    assert code == 0, lines
+    assert all(list(line) == FIELDS for line in lines)
+    told = [(line["severity"], line["step"], line["worker"], line["message"]) for line in lines]
+    assert told[:4] == [
+        ("WARNING", 7, 3, "absl warns"),
+        ("ERROR", 7, 3, "absl fails\nin two lines"),
+        ("WARNING", 7, 3, "TensorFlow warns"),
+        ("ERROR", 7, 3, "TensorFlow fails"),
+    ]
+    severity, step, worker, message = told[4]
+    assert (severity, step, worker) == ("WARNING", 7, 3)
+    assert str(message).startswith("OP_REQUIRES failed at whole_file_read_ops.cc:")
+
+
+def test_at_a_start_as_text_nobody_but_the_trainer_speaks(tmp_path: Path) -> None:
+    settings = (f"--set={setting}" for setting in (*SMALL, "train.steps=4", "train.evaluate_every=0"))
+    done = run_trainer(f"--model_dir={tmp_path / 'run'}", *settings)
+    assert done.returncode == 0, done.stderr
+    ours = ("strategy ", "training on ", "step 4")
+    assert [line for line in done.stderr.splitlines() if not line.startswith(ours)] == []
+
+
 @pytest.mark.parametrize(
     ("line", "severity", "message"),
     [
         ("W0000 00:00:1795310650.782287    9332 port.cc:153] slow", "WARNING", "slow"),
         ("I1122 10:00:00.123456 140 logging.py:48] fine", "INFO", "fine"),
         ("F0000 00:00:1795310650.782287    9332 tensor.cc:7] check failed", "CRITICAL", "check failed"),
+        ("2026-11-22 04:54:07.720684: W tensorflow/core/framework/op_kernel.cc:1855] slow", "WARNING", "slow"),
+        ("2026-11-22 04:54:07.720684: E external/local_xla/xla/a-b.cc:7] no", "ERROR", "no"),
         ("trainer: --set x: no", "ERROR", "trainer: --set x: no"),
         ('{"a": 1}', "INFO", '{"a": 1}'),
         ("12", "INFO", "12"),

@@ -15,15 +15,10 @@ from trainer.config import SAMPLE_CONFIG, Config, load_config
 from trainer.errors import StoppedError, UserError
 from trainer.runtime.logs import Where, configure_logs
 from trainer.startup import load_tensorflow
+from trainer.storage.places import Place, is_bucket, place
+from trainer.storage.service import Patience
 
 Command = Callable[[flags.FlagValues], str]
-
-
-def _local(**places: str | None) -> None:
-    """Refuse buckets, which this version does not read, before one becomes a folder named `gs:`."""
-    for flag, place in places.items():
-        if place and "://" in place:
-            raise UserError(f"--{flag}={place}: this version reads and writes local folders only; copy the bucket or mount it")
 
 
 def _begin(values: flags.FlagValues) -> None:
@@ -32,11 +27,23 @@ def _begin(values: flags.FlagValues) -> None:
     configure_logs(values.log_format)
 
 
-def resolve(values: flags.FlagValues) -> tuple[Config, Path]:
+def _read_config(path: str | None, overrides: list[str]) -> Config:
+    """The config file of this machine or of a bucket."""
+    if path is None or not is_bucket(path):
+        return load_config(path, overrides)
+    try:
+        return load_config(path, overrides, place(path, "--config").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such config file") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: cannot read the config file: it is not UTF-8 text") from error
+
+
+def resolve(values: flags.FlagValues) -> tuple[Config, Place]:
     """The config that the flags ask for, and the run's folder.
 
     Raises:
-        UserError: a wrong setting, or a bucket.
+        UserError: a wrong setting or place.
     """
     path = values.config
     if path == "":
@@ -46,10 +53,10 @@ def resolve(values: flags.FlagValues) -> tuple[Config, Path]:
     overrides = list(values.set)
     if values.data_dir is not None:
         overrides.append(f"data.dir={values.data_dir!r}")
-    config = load_config(path, overrides)
-    model_dir = values.model_dir or f"runs/{Path(path).stem if path else 'run'}"
-    _local(data_dir=config.data.dir, model_dir=model_dir)
-    return config, Path(model_dir)
+    config = _read_config(path, overrides)
+    Patience.seconds = config.runtime.bucket_patience_seconds
+    place(config.data.dir, "--data_dir")
+    return config, place(values.model_dir or f"runs/{Path(path).stem if path else 'run'}", "--model_dir")
 
 
 def _is_untouched_sample(values: flags.FlagValues) -> bool:
@@ -104,13 +111,13 @@ def prepare(values: flags.FlagValues) -> str:
     """trainer prepare"""
     source, output = need(values, "prepare", "source", "output")
     percent = percentages(values.split_percent)
-    _local(source=source, output=output)
+    to = place(output, "--output")
     _begin(values)
     from trainer.data.prepare import Options
     from trainer.data.prepare import prepare as run
     from trainer.data.published import PUBLISHED, fetch
 
-    options = Options(source, values.layout, Path(output).absolute(), values.labels, percent, values.shard_mb * 10**6)
+    options = Options(source, values.layout, to.absolute() if isinstance(to, Path) else to, values.labels, percent, values.shard_mb * 10**6)
     if source in PUBLISHED and not Path(source).exists():
         return fetch(source, options, values.base_url, values.processes, values.skip_bad)
     return run(options, values.processes, values.skip_bad)
@@ -119,11 +126,12 @@ def prepare(values: flags.FlagValues) -> str:
 def check(values: flags.FlagValues) -> str:
     """trainer check"""
     (data_dir,) = need(values, "check", "data_dir")
-    _local(data_dir=data_dir, thumbnails=values.thumbnails)
+    where, thumbnails = place(data_dir, "--data_dir"), values.thumbnails
+    sheet = place(thumbnails, "--thumbnails") if thumbnails else None
     _begin(values)
     from trainer.check import check as run
 
-    return run(Path(data_dir), Path(values.thumbnails) if values.thumbnails else None)
+    return run(where, sheet)
 
 
 def _in_one_process(values: flags.FlagValues, command: Command) -> str:
@@ -136,11 +144,11 @@ def _in_one_process(values: flags.FlagValues, command: Command) -> str:
 
 def _trained(values: flags.FlagValues, command: str):  # type: ignore[no-untyped-def]  # noqa: ANN202 - it would load TensorFlow
     (model_dir,) = need(values, command, "model_dir")
-    _local(model_dir=model_dir)
+    where = place(model_dir, "--model_dir")
     _begin(values)
     from trainer.trained import open_run
 
-    return open_run(Path(model_dir), values.checkpoint, values.inference)
+    return open_run(where, values.checkpoint, values.inference)
 
 
 def evaluate(values: flags.FlagValues) -> str:
@@ -154,21 +162,21 @@ def evaluate(values: flags.FlagValues) -> str:
 def predict(values: flags.FlagValues) -> str:
     """trainer predict"""
     given, output = need(values, "predict", "input", "output")
-    _local(input=given, output=output)
+    to = place(output, "--output")
     run = _trained(values, "predict")
     from trainer.predict import predict as draw
 
-    return draw(run, given, Path(output), values.seed)
+    return draw(run, place(given, "--input"), to, values.seed)
 
 
 def export(values: flags.FlagValues) -> str:
     """trainer export"""
     (output,) = need(values, "export", "output")
-    _local(output=output)
+    to = place(output, "--output")
     run = _trained(values, "export")
     from trainer.export import export as write
 
-    return write(run, Path(output), [name for name in values.formats.split(",") if name])
+    return write(run, to, [name for name in values.formats.split(",") if name])
 
 
 _ALONE: dict[str, Command] = {

@@ -175,6 +175,9 @@ class RuntimeConfig(Section):
     rendezvous_seconds: Annotated[int, Field(ge=1)] = _setting(
         900, "how long the workers wait for each other at the start", changeable=True
     )
+    bucket_patience_seconds: Annotated[int, Field(ge=1)] = _setting(
+        300, "how long a bucket that does not answer is tried before the process ends with 75", changeable=True
+    )
     peer_timeout_seconds: Annotated[int, Field(ge=5)] = _setting(
         600, "without a step for so long, a worker takes its peers for lost; longer than a compile and a save", changeable=True
     )
@@ -263,6 +266,10 @@ def _read_file(path: str) -> dict[str, Any]:
         raise ConfigError([f"{path}: no such config file{_similar_files(path)}"]) from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError([f"{path}: cannot read the config file: {_reason(error)}"]) from error
+    return _tree_of(text, path)
+
+
+def _tree_of(text: str, path: str) -> dict[str, Any]:
     tree = parse_yaml(text, path)
     if tree is not None and not isinstance(tree, dict):
         raise ConfigError([f"{path}: got {_shown(tree)}, allowed: a mapping of keys such as `seed: 0`"])
@@ -373,13 +380,15 @@ def _problems(error: pydantic.ValidationError, path: str | None, overrides: Sequ
     return unknown + [given + " or ".join(dict.fromkeys(allowed)) for given, allowed in lines.items()]
 
 
-def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | None = None, overrides: Sequence[str] = (), text: str | None = None) -> Config:
     """Read the YAML file at `path` (None: the defaults alone) and apply `key.path=value` overrides, last one wins.
+
+    With `text`, the file has been read already, and `path` only names it.
 
     Raises:
         ConfigError: with one line for each problem found.
     """
-    tree = _read_file(path) if path else {}
+    tree = {} if path is None else _read_file(path) if text is None else _tree_of(text, path)
     bad = [problem for override in overrides if (problem := _apply_override(tree, override))]
     try:
         config = Config.model_validate(tree)

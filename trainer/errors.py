@@ -10,7 +10,7 @@ class ExitCode(enum.IntEnum):
     UNEXPECTED = 1
     USER = 2
     DIVERGED = 3
-    PEER_LOST = 75
+    AGAIN = 75
     STOPPED = 143
 
 
@@ -47,7 +47,17 @@ class DivergedError(TrainerError):
 class PeerLostError(TrainerError):
     """A worker went away, hangs or never came; nothing is wrong with this one, and all of them may be run again."""
 
-    exit_code = ExitCode.PEER_LOST
+    exit_code = ExitCode.AGAIN
+
+
+class BucketAwayError(TrainerError):
+    """A bucket did not answer for as long as we are willing to wait; nothing is lost, and the same command goes on."""
+
+    exit_code = ExitCode.AGAIN
+
+
+class BucketRefusedError(UserError):
+    """A bucket is not there, or refuses what was asked of it for good; the message names bucket, permission and account."""
 
 
 class StoppedError(TrainerError):

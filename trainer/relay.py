@@ -18,7 +18,8 @@ from trainer.runtime.logs import Where, entry
 
 CHILD = "from trainer.__main__ import relayed; relayed()"
 _SEVERITIES = {"I": "INFO", "W": "WARNING", "E": "ERROR", "F": "CRITICAL"}
-_GLOG = re.compile(r"^([IWEF])\d{4} [\d:.]+ +\d+ [\w.]+:\d+\] ")
+# TensorFlow 2.21 and absl: letter and date, process, file and line. TensorFlow 2.20: date, letter, file and line.
+_GLOG = re.compile(r"^(?:[\d-]+ [\d:.]+: )?([IWEF])(?:\d{4} [\d:.]+ +\d+)? [\w./-]+:\d+\] ")
 _PR_SET_PDEATHSIG = 1
 _STOPS = (signal.SIGTERM, signal.SIGINT)
 

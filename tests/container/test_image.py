@@ -120,6 +120,8 @@ def test_it_trains_locked_down_and_says_where_the_pictures_are(containers: Conta
     name, done = containers.run("--strategy=mirrored", *QUICK)
     assert done.returncode == 0, done.stderr
     assert "strategy mirrored (asked for)" in done.stderr
+    ours = ("strategy ", "training on ", "step ")
+    assert [line for line in done.stderr.splitlines() if not line.startswith(ours)] == [], "TensorFlow's lines are kept back"
     assert re.search(r"^pictures +runs/sample/samples$", done.stdout, re.MULTILINE)
     run = copy_run(name, tmp_path / "run")
     assert list((run / "samples").glob("*.png"))

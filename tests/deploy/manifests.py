@@ -22,7 +22,7 @@ SUFFIXES = {"": 1, "m": Decimal("0.001"), "k": 1000} | {
     letter + binary: (1024 if binary else 1000) ** power for power, letter in enumerate("KMGTPE", start=1) for binary in ("", "i")
 }
 del SUFFIXES["K"]  # a thousand is k
-FINAL, REPEATED = {ExitCode.USER, ExitCode.DIVERGED}, {ExitCode.PEER_LOST, ExitCode.STOPPED}
+FINAL, REPEATED = {ExitCode.USER, ExitCode.DIVERGED}, {ExitCode.AGAIN, ExitCode.STOPPED}
 SHELL_CODES = {126, 127}  # the command cannot be run, or is not there
 SECRET_NAME = re.compile(r"SECRET|TOKEN|PASSW|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|CREDENTIAL", re.IGNORECASE)
 SECRET_VALUE = re.compile(

@@ -47,8 +47,12 @@ class _JsonLines(logging.Handler):
 
 
 def configure_logs(log_format: str) -> None:
-    """Send the trainer's own log lines to stderr: `text` as they are, `json` for the relay."""
+    """Send the trainer's own log lines to stderr: `text` as they are, `json` for the relay, together with the libraries' own."""
+    handler = _JsonLines() if log_format == "json" else _BesideTheBar()
+    if log_format == "json":
+        logging.getLogger().handlers = [handler]
+        logging.getLogger("tensorflow").handlers = []  # its lines reach the root too, and would be written twice
     logger = logging.getLogger("trainer")
-    logger.handlers = [_JsonLines() if log_format == "json" else _BesideTheBar()]
+    logger.handlers = [handler]
     logger.setLevel(logging.INFO)
     logger.propagate = False

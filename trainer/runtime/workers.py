@@ -195,7 +195,7 @@ class Watchdog:
             file=sys.stderr,
             flush=True,
         )
-        os._exit(ExitCode.PEER_LOST)
+        os._exit(ExitCode.AGAIN)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._over.set()

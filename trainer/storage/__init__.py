@@ -1,0 +1,1 @@
+"""Places: folders and files of this machine, and objects of Google Cloud Storage, by the same few words."""

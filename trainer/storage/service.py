@@ -1,0 +1,196 @@
+"""The way to Google Cloud Storage: one client for the process, one patience for all that may pass, one line for what may not.
+
+TensorFlow has a client of its own for gs://. It cannot write under a condition, does not tell the checksum that the service has
+computed, waits in silence, reads its settings when it is loaded, and once wrote to a local folder named `gs:`. So everything here
+goes through google-cloud-storage, and TensorFlow is only ever given files of this machine.
+"""
+
+import logging
+import re
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import google.auth.exceptions
+import requests
+from google.api_core import exceptions
+from google.api_core.retry import Retry
+from google.cloud import storage
+from google.cloud.storage.exceptions import DataCorruption, InvalidResponse
+from requests.adapters import HTTPAdapter
+
+from trainer.errors import BucketAwayError, BucketRefusedError
+
+log = logging.getLogger(__name__)
+Result = TypeVar("Result")
+
+CONNECT_SECONDS, STALL_SECONDS = 10.0, 20.0
+TIMEOUT = (CONNECT_SECONDS, STALL_SECONDS)
+FIRST_WAIT, LONGEST_WAIT = 0.2, 8.0
+SAY_AFTER_SECONDS = 5.0
+CONNECTIONS = 64
+_TEMPORARY_CODES = {408, 410, 429, 500, 502, 503, 504}  # 410: the session of an upload is lost; a new one is begun
+_TEMPORARY = (
+    requests.ConnectionError,
+    requests.Timeout,
+    requests.exceptions.ChunkedEncodingError,
+    requests.exceptions.ContentDecodingError,
+    google.auth.exceptions.GoogleAuthError,
+    DataCorruption,
+)
+
+
+class ShortReplyError(ConnectionError):
+    """The service answered with fewer bytes than it was asked for."""
+
+
+class Patience:
+    """How many seconds a request is tried again before the bucket counts as away; the config sets it."""
+
+    seconds = 300.0
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether another try may succeed: the service is busy or away, the line was cut, credentials are not there yet."""
+    if isinstance(error, exceptions.GoogleAPICallError):
+        return error.code in _TEMPORARY_CODES
+    if isinstance(error, InvalidResponse):  # inside an upload, where the library has not translated it yet
+        return error.response.status_code in _TEMPORARY_CODES
+    return isinstance(error, (*_TEMPORARY, ShortReplyError))
+
+
+_lock = threading.Lock()
+_clients: list[storage.Client] = []
+
+
+def client() -> storage.Client:
+    """The process's client, with the credentials that Google's libraries find.
+
+    Raises:
+        google.auth.exceptions.DefaultCredentialsError: there are none, at this moment.
+    """
+    with _lock:
+        if not _clients:
+            made = storage.Client()
+            for scheme in ("https://", "http://"):
+                made._http.mount(scheme, HTTPAdapter(pool_connections=4, pool_maxsize=CONNECTIONS))
+            _clients.append(made)
+        return _clients[0]
+
+
+def forget_client() -> None:
+    """Make a new client next time: after a fork, and where the environment has changed."""
+    _clients.clear()
+
+
+def patiently(action: Callable[[], Result], what: str, seconds: float | None = None) -> Result:
+    """Do it, and again while what fails may pass.
+
+    Args:
+        action: one or more requests; doing them twice must be harmless.
+        what: the gs:// address, for the lines.
+        seconds: for how long; by default what the config says.
+
+    Raises:
+        BucketAwayError: it did not pass in time.
+        BucketRefusedError: the service said no for good.
+        FileNotFoundError: there is no such object.
+        exceptions.PreconditionFailed: the object is not of the generation that was stated.
+    """
+    limit = Patience.seconds if seconds is None else seconds
+    complaint = _Complaint(what, limit)
+    retry = again_for(limit, complaint.note)
+    try:
+        result = retry(action)()
+    except exceptions.RetryError as error:
+        advice = f"tried for {limit:.0f} s; run this again when the bucket answers"
+        raise BucketAwayError(f"{what}: {reason(error.cause or error)} ({advice})") from error
+    except (exceptions.PreconditionFailed, FileNotFoundError):
+        raise
+    except exceptions.NotFound as error:
+        raise _missing(error, what) from error
+    except exceptions.GoogleAPICallError as error:
+        raise BucketRefusedError(refusal(error, what)) from error
+    complaint.take_back()
+    return result
+
+
+def again_for(seconds: float, note: Callable[[Exception], None] | None = None) -> Retry:
+    """The policy: what may pass is tried again after 0.2 s, 0.4 s and so on up to 8 s, each shortened at random."""
+    return Retry(may_pass, FIRST_WAIT, LONGEST_WAIT, 2.0, seconds, on_error=note)
+
+
+class _Complaint:
+    """What is said while a request is tried again and again: once when it lasts, and once when it is over."""
+
+    def __init__(self, what: str, limit: float) -> None:
+        self._what, self._limit = what, limit
+        self._since: float | None = None
+        self._spoke = False
+
+    def note(self, error: Exception) -> None:
+        self._since = self._since or time.monotonic()
+        at_once = isinstance(error, google.auth.exceptions.GoogleAuthError)
+        if not self._spoke and (at_once or time.monotonic() - self._since > min(SAY_AFTER_SECONDS, self._limit / 2)):
+            self._spoke = True
+            log.warning("%s: %s; trying again for up to %.0f s", self._what, reason(error), self._limit)
+
+    def take_back(self) -> None:
+        if self._spoke and self._since is not None:
+            log.info("%s: answers again, after %.0f s", self._what, time.monotonic() - self._since)
+
+
+def _missing(error: exceptions.NotFound, what: str) -> Exception:
+    """A missing object is a missing file; a missing bucket is a mistake."""
+    if "bucket does not exist" in said(error):
+        return BucketRefusedError(f"{'/'.join(what.split('/')[:3])}: there is no bucket of this name; make it, or mend the name")
+    return FileNotFoundError(2, "there is no such object", what)
+
+
+def said(error: BaseException) -> str:
+    """The service's own sentence, without method and address."""
+    response: Any = getattr(error, "response", None)
+    text: str = getattr(error, "message", None) or str(error) or type(error).__name__
+    if isinstance(response, requests.Response):
+        try:
+            text = response.json()["error"]["message"]
+        except (ValueError, KeyError, TypeError):
+            text = response.text or text
+    return " ".join(text.split())
+
+
+def reason(error: BaseException) -> str:
+    """Why a request failed, in a few words."""
+    if isinstance(error, google.auth.exceptions.DefaultCredentialsError):
+        return "no credentials found; run `gcloud auth application-default login`, or give the job a service account"
+    if isinstance(error, google.auth.exceptions.GoogleAuthError):
+        return f"the credentials do not work: {said(error)[:200]}"
+    if isinstance(error, exceptions.GoogleAPICallError):
+        return f"the service answers {error.code} ({said(error)[:200]})"
+    if isinstance(error, requests.Timeout):
+        return f"no answer for {STALL_SECONDS:.0f} s"
+    if isinstance(error, DataCorruption):
+        return "the bytes that arrived do not match their checksum"
+    return "the connection fails" if isinstance(error, requests.ConnectionError) else str(error)
+
+
+def refusal(error: exceptions.GoogleAPICallError, what: str) -> str:
+    """The line for a request that is refused: the bucket, the permission, the account, and what to do."""
+    text = said(error)[:400]
+    if "retention" in text.lower():
+        advice = "a run replaces and removes what it wrote before, so it needs a bucket without a retention policy"
+        return f"{what}: {text} ({advice})"
+    if error.code not in (401, 403):
+        return f"{what}: the service answers {error.code}: {text}"
+    account = "" if "@" in text else f" to {_account()}"
+    permission = re.search(r"storage\.\w+\.\w+", text)
+    role = (
+        f"grant it {permission[0]}, which roles/storage.objectAdmin has" if permission else "grant it roles/storage.objectAdmin"
+    )
+    return f"{what}: refused{account}: {text.rstrip('.')}; {role}"
+
+
+def _account() -> str:
+    found: object = getattr(client()._credentials, "service_account_email", None)
+    return str(found) if found else "this account"
