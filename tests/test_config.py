@@ -34,7 +34,7 @@ def test_defaults_are_the_papers_settings() -> None:
         ("train: {steps: 1.5}", "run.yaml: train.steps: got 1.5, allowed: a whole number"),
         ("train: {batch_sise: 4}", "run.yaml: unknown key train.batch_sise; did you mean train.batch_size?"),
         ("optimiser: {}", "run.yaml: unknown key optimiser; did you mean optimizer?"),
-        ("data: {cache: disk}", "run.yaml: data.cache: got 'disk', allowed: 'none' or 'memory'"),
+        ("data: {cache: ram}", "run.yaml: data.cache: got 'ram', allowed: 'auto', 'none', 'memory' or 'disk'"),
         ("train: {steps_per_loop: fast}", "run.yaml: train.steps_per_loop: got 'fast', allowed: 'auto' or a whole number"),
         (
             "data: {image_size: [250, 256]}",
@@ -102,7 +102,7 @@ def test_tree_round_trips_through_yaml() -> None:
 def test_only_paths_steps_intervals_and_machine_may_change() -> None:
     changeable = {key for key, _ in leaves(Config()) if field_info(key).json_schema_extra}
     assert changeable == {
-        "data.dir", "data.cache", "train.steps", "train.steps_per_loop", "train.checkpoint_every", "train.summary_every",
+        "data.dir", "data.cache", "data.readers", "data.read_ahead_mb", "train.steps", "train.steps_per_loop", "train.checkpoint_every", "train.summary_every",
         "train.sample_every", "train.evaluate_every", "train.keep", "train.microbatches",
         *(f"runtime.{name}" for name in RuntimeConfig.model_fields),
     }  # fmt: skip

@@ -1,9 +1,9 @@
 """`trainer check`: is a prepared data set whole, and what does it look like?"""
 
 import os
-from pathlib import Path
 
 import numpy as np
+import tensorflow as tf
 from numpy.typing import NDArray
 
 from trainer.data.pairs import from_unit_range
@@ -12,12 +12,13 @@ from trainer.data.split import Split
 from trainer.data.verify import verify
 from trainer.errors import DataError
 from trainer.runtime.pictures import save_sheet
+from trainer.storage.places import Place
 
 THUMBNAILS = 24
 THUMBNAIL_HEIGHT = 128
 
 
-def check(data_dir: Path, thumbnails: Path | None) -> str:
+def check(data_dir: Place, thumbnails: Place | None) -> str:
     """Verify a data set against its manifest; write a contact sheet if asked; return the counts.
 
     Raises:
@@ -37,18 +38,19 @@ def check(data_dir: Path, thumbnails: Path | None) -> str:
     return "\n".join([*lines, "every shard, record and picture is sound"])
 
 
-def write_thumbnails(data_dir: Path, path: Path) -> None:
+def write_thumbnails(data_dir: Place, path: Place) -> None:
     """A contact sheet of pairs, spread evenly over the largest split, input left of target."""
     data = PairData.without_config(data_dir)
     split = max((data.split(name) for name in data.manifest.splits), key=lambda split: split.examples)
     count = min(THUMBNAILS, split.examples)
     numbers = [split.examples * place // count for place in range(count)]
-    pictures = [(split.key(number), _pair(data, split, number)) for number in numbers]
+    batch = next(iter(data.batches_of(split, numbers, count)))
+    pictures = list(zip(split.keys(numbers), _pairs(batch), strict=True))
     save_sheet(path, f"{data.manifest.name}: {count} of {split.examples} pairs of {split.name}", pictures)
 
 
-def _pair(data: PairData, split: Split, number: int) -> NDArray[np.uint8]:
-    batch = next(iter(data.batches_of(split, [number], 1)))
-    sides = [from_unit_range(batch[side][0]).numpy().astype(np.uint8) for side in ("input", "target")]
+def _pairs(batch: dict[str, tf.Tensor]) -> list[NDArray[np.uint8]]:
+    """Input left of target for each pair of a batch: uint8 (height, 2 width, 3)."""
+    sides = [from_unit_range(batch[side]).numpy().astype(np.uint8) for side in ("input", "target")]
     colour = [np.repeat(side, 3, axis=-1) if side.shape[-1] == 1 else side[..., :3] for side in sides]
-    return np.concatenate(colour, axis=1)
+    return list(np.concatenate(colour, axis=2))

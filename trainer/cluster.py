@@ -242,14 +242,16 @@ class Container:
     Attributes:
         notes: image and revision, if they are told, for the run's config.yaml.
         grace_seconds: the time between a signal and the end by force; None if it is not told.
+        job: names the job of which this process is a try, so that the next try may take over from it; empty if it is not told.
     """
 
     notes: Mapping[str, str] = field(default_factory=dict)
     grace_seconds: int | None = None
+    job: str = ""
 
 
 def read_container(environment: Mapping[str, str]) -> Container:
-    """TRAINER_IMAGE, TRAINER_REVISION and TRAINER_GRACE_SECONDS.
+    """TRAINER_IMAGE, TRAINER_REVISION, TRAINER_GRACE_SECONDS, and the job's name of Kubernetes or Vertex AI.
 
     Raises:
         UserError: the grace period is no number.
@@ -257,7 +259,8 @@ def read_container(environment: Mapping[str, str]) -> Container:
     told = {"image": environment.get("TRAINER_IMAGE"), "revision": environment.get("TRAINER_REVISION")}
     grace = environment.get("TRAINER_GRACE_SECONDS")
     seconds = _number("TRAINER_GRACE_SECONDS", grace) if grace else None
-    return Container({name: value for name, value in told.items() if value}, seconds)
+    job = environment.get("TRAINER_JOB_UID") or environment.get("CLOUD_ML_JOB_ID") or ""
+    return Container({name: value for name, value in told.items() if value}, seconds, job)
 
 
 def check_environment(environment: Mapping[str, str]) -> None:

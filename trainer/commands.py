@@ -10,15 +10,19 @@ from types import FrameType
 from absl import flags
 
 from trainer.arguments import need
-from trainer.cluster import check_environment, read_cluster, read_container
+from trainer.cluster import Cluster, VertexFolders, check_environment, read_cluster, read_container
 from trainer.config import SAMPLE_CONFIG, Config, load_config
 from trainer.errors import StoppedError, UserError
+from trainer.runtime.lease import release_all
 from trainer.runtime.logs import Where, configure_logs
 from trainer.startup import load_tensorflow
 from trainer.storage.places import Place, is_bucket, place
 from trainer.storage.service import Patience
 
 Command = Callable[[flags.FlagValues], str]
+
+# google-cloud-storage would look at each bucket itself in the background, which takes a permission that training has no need of.
+os.environ.setdefault("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "true")
 
 
 def _begin(values: flags.FlagValues) -> None:
@@ -56,7 +60,15 @@ def resolve(values: flags.FlagValues) -> tuple[Config, Place]:
     config = _read_config(path, overrides)
     Patience.seconds = config.runtime.bucket_patience_seconds
     place(config.data.dir, "--data_dir")
-    return config, place(values.model_dir or f"runs/{Path(path).stem if path else 'run'}", "--model_dir")
+    return config, _model_dir(values.model_dir, Path(path).stem if path else "run")
+
+
+def _model_dir(named: str | None, run: str) -> Place:
+    """--model_dir; without it the folder that Vertex AI's folders lie in; without that, runs/NAME here."""
+    folders = read_cluster(os.environ).folders
+    if not named and folders.model:
+        return place(folders.model, "AIP_MODEL_DIR").parent
+    return place(named or f"runs/{run}", "--model_dir")
 
 
 def _is_untouched_sample(values: flags.FlagValues) -> bool:
@@ -72,6 +84,8 @@ def train(values: flags.FlagValues) -> str:
     Where.worker, Where.workers = cluster.index, cluster.size
     if cluster.role == "evaluator":
         return "this process is an evaluator, and there is nothing for it to do: the workers measure between their steps"
+    configure_logs(values.log_format)
+    _preflight(config, model_dir, cluster.folders)
     _begin(values)
     from trainer.train.begin import Order
 
@@ -83,7 +97,35 @@ def train(values: flags.FlagValues) -> str:
         return dry_run(order)
     from trainer.train.loop import train as run
 
-    return run(order)
+    try:
+        closing = run(order)
+    finally:
+        release_all()
+    return closing + (_export_for_vertex(model_dir, cluster) if cluster.folders.model and cluster.is_chief else "")
+
+
+def _preflight(config: Config, model_dir: Place, folders: VertexFolders) -> None:
+    """Look at the buckets, if there are any; what it needs is loaded only then."""
+    data = place(config.data.dir, "--data_dir") if config.data.dir else None
+    named = {
+        "AIP_CHECKPOINT_DIR": folders.checkpoints,
+        "AIP_TENSORBOARD_LOG_DIR": folders.summaries,
+        "AIP_MODEL_DIR": folders.model,
+    }
+    written = [model_dir, *(place(folder, name) for name, folder in named.items() if folder)]
+    if any(not isinstance(where, Path) for where in (data, *written) if where):
+        from trainer.preflight import preflight
+
+        preflight(data, written)
+
+
+def _export_for_vertex(model_dir: Place, cluster: Cluster) -> str:
+    """Vertex AI takes a trained model from AIP_MODEL_DIR: a SavedModel lies there when the job ends."""
+    from trainer.export import export_for_serving
+    from trainer.trained import open_run
+
+    to = place(cluster.folders.model or "", "AIP_MODEL_DIR")
+    return "\n" + export_for_serving(open_run(model_dir, folders=cluster.folders), to)
 
 
 def percentages(text: str) -> tuple[int, ...]:
@@ -117,7 +159,9 @@ def prepare(values: flags.FlagValues) -> str:
     from trainer.data.prepare import prepare as run
     from trainer.data.published import PUBLISHED, fetch
 
-    options = Options(source, values.layout, to.absolute() if isinstance(to, Path) else to, values.labels, percent, values.shard_mb * 10**6)
+    options = Options(
+        source, values.layout, to.absolute() if isinstance(to, Path) else to, values.labels, percent, values.shard_mb * 10**6
+    )
     if source in PUBLISHED and not Path(source).exists():
         return fetch(source, options, values.base_url, values.processes, values.skip_bad)
     return run(options, values.processes, values.skip_bad)
@@ -148,7 +192,7 @@ def _trained(values: flags.FlagValues, command: str):  # type: ignore[no-untyped
     _begin(values)
     from trainer.trained import open_run
 
-    return open_run(where, values.checkpoint, values.inference)
+    return open_run(where, values.checkpoint, values.inference, read_cluster(os.environ).folders)
 
 
 def evaluate(values: flags.FlagValues) -> str:

@@ -74,8 +74,14 @@ class DataConfig(Section):
         30, "pixels added by the resize before the random crop, as 256 to 286 in the paper"
     )
     mirror: bool = _setting(True, "mirror half of the training pairs left to right")
-    cache: Literal["none", "memory"] = _setting(
-        "none", "memory: keep the encoded records in memory after the first read", changeable=True
+    cache: Literal["auto", "none", "memory", "disk"] = _setting(
+        "auto",
+        "keep the encoded records after the first read, in memory or (of a bucket) in TMPDIR; auto: of a bucket, where they fit",
+        changeable=True,
+    )
+    readers: Annotated[int, Field(ge=1, le=64)] = _setting(16, "requests to a bucket at the same time", changeable=True)
+    read_ahead_mb: Annotated[int, Field(ge=1)] = _setting(
+        1024, "megabytes of records that are read from a bucket before they are needed, where none are kept", changeable=True
     )
 
 

@@ -5,16 +5,17 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trainer.data.pipeline import PairData
+from trainer.data.sample import ensure_sample
 from trainer.data.split import Split
 from trainer.errors import DataError
 from trainer.runtime.files import write_bytes
 from trainer.runtime.pictures import save_grid
+from trainer.storage.places import Place, place
 from trainer.train.evaluate import Evaluator, PerImage
 from trainer.trained import TrainedRun
 
@@ -54,8 +55,8 @@ def per_image_csv(keys: Sequence[str], scores: PerImage) -> bytes:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["key", *scores])
-    for place, key in enumerate(keys):
-        writer.writerow([key, *(f"{values[place]:.6f}" for values in scores.values())])
+    for row, key in enumerate(keys):
+        writer.writerow([key, *(f"{values[row]:.6f}" for values in scores.values())])
     return text.getvalue().encode()
 
 
@@ -65,7 +66,8 @@ def evaluate(run: TrainedRun, data_dir: str, split_name: str) -> str:
     Raises:
         DataError: the data set is missing, damaged, of another kind, or has no such split.
     """
-    folder = Path(data_dir or run.config.data.dir or run.folder.sample_data)
+    named = data_dir or run.config.data.dir
+    folder = place(named, "--data_dir") if named else ensure_sample(run.folder.sample_data)
     data = PairData(folder, run.config)
     split = data.split(split_name)
     if not split.examples:
@@ -86,7 +88,7 @@ def evaluate(run: TrainedRun, data_dir: str, split_name: str) -> str:
 
 
 def write_reports(
-    output: Path, run: TrainedRun, data: PairData, split: Split, scores: PerImage, summaries: Mapping[str, Summary]
+    output: Place, run: TrainedRun, data: PairData, split: Split, scores: PerImage, summaries: Mapping[str, Summary]
 ) -> None:
     """per_image.csv and summary.json."""
     document = {
@@ -102,7 +104,7 @@ def write_reports(
     write_bytes(output / "summary.json", json.dumps(document, indent=1).encode() + b"\n")
 
 
-def save_extremes(path: Path, evaluator: Evaluator, split: Split, l1: NDArray[np.float64]) -> None:
+def save_extremes(path: Place, evaluator: Evaluator, split: Split, l1: NDArray[np.float64]) -> None:
     """Best, median and worst image by L1: input, target and output."""
     ranked = np.argsort(l1, kind="stable")
     chosen = [int(ranked[0]), int(ranked[len(ranked) // 2]), int(ranked[-1])]

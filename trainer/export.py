@@ -1,6 +1,7 @@
-"""`trainer export`: the trained generator for other programs, as a SavedModel and as a .keras file, with a model card."""
+"""`trainer export`: the trained generator for other programs, as a SavedModel and as a .keras file, with a model card.
 
-from pathlib import Path
+TensorFlow and Keras are given folders of this machine only; what is for a bucket is uploaded from there.
+"""
 
 import keras
 import tensorflow as tf
@@ -12,6 +13,8 @@ from trainer.model.generators import translate
 from trainer.model.layers import BatchNorm, InstanceNorm, KeyedDropout, inference_keys
 from trainer.model_card import model_card
 from trainer.runtime.files import replacing_folder, write_bytes
+from trainer.storage.bucket import BucketPath
+from trainer.storage.places import Place
 from trainer.trained import TrainedRun
 
 EXPORT_MARK = ".trainer-export"
@@ -123,18 +126,25 @@ def _stock_layer(layer: keras.layers.Layer, keys: tf.Tensor, model: ModelConfig)
     return copy
 
 
-def own_folder(output: Path) -> None:
+def own_folder(output: Place) -> None:
     """Refuse to write among somebody's files; what an earlier export wrote may be replaced.
 
     Raises:
         UserError: the folder is a file, or holds something else.
     """
-    if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / EXPORT_MARK).is_file())):
+    if _holds_something_else(output):
         raise UserError(f"--output={output}: is there and holds no export; choose another folder")
     write_bytes(output / EXPORT_MARK, b"")
 
 
-def export(run: TrainedRun, output: Path, formats: list[str]) -> str:
+def _holds_something_else(output: Place) -> bool:
+    if isinstance(output, BucketPath):
+        there = output.listing()
+        return output.is_file() or (bool(there) and EXPORT_MARK not in there)
+    return output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / EXPORT_MARK).is_file()))
+
+
+def export(run: TrainedRun, output: Place, formats: list[str]) -> str:
     """Write the formats and README.md into the output folder; return what is where.
 
     Raises:
@@ -146,7 +156,7 @@ def export(run: TrainedRun, output: Path, formats: list[str]) -> str:
     own_folder(output)
     lines = []
     if "saved_model" in formats:
-        with replacing_folder(output / "saved_model") as folder:
+        with replacing_folder(output / "saved_model", key_file="saved_model.pb") as folder:
             served = Served(run)
             tf.saved_model.save(served, str(folder), signatures=served.signatures())
         lines.append(f"SavedModel  {output / 'saved_model'}")

@@ -5,7 +5,7 @@ from typing import Any
 import yaml
 
 from trainer.config import Config, to_tree
-from trainer.runtime.checkpoints import Marker
+from trainer.runtime.ledger import Marker
 from trainer.runtime.run_folder import RunFolder
 
 _USE = """## Use

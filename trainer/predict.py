@@ -1,10 +1,16 @@
-"""`trainer predict`: pictures of the input kind alone -> pictures of the target kind, of the same sizes and names."""
+"""`trainer predict`: pictures of the input kind alone -> pictures of the target kind, of the same sizes and names.
+
+Pictures and drawings may each be here or in a bucket; they are read before they are needed and written while the next ones are
+drawn, each whole or not at all.
+"""
 
 import glob
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from fnmatch import fnmatchcase
+from functools import partial
+from pathlib import Path, PurePath
 
 import numpy as np
 import tensorflow as tf
@@ -13,20 +19,25 @@ from trainer.counter import counted
 from trainer.data import images
 from trainer.data.images import Pixels
 from trainer.data.pairs import from_unit_range, to_unit_range
-from trainer.data.sources import pictures_below
+from trainer.data.sources import pictures_below, relative
 from trainer.data.split import plain
 from trainer.errors import DataError, UserError
 from trainer.model.generators import translate
 from trainer.runtime.files import write_bytes
+from trainer.storage.bucket import BucketPath, parse
+from trainer.storage.places import Place, is_bucket, place
+from trainer.storage.transfer import ahead, below
 from trainer.trained import TrainedRun
+
+AT_ONCE = 4  # pictures that are read ahead, and as many drawings that are being written
 
 
 @dataclass(frozen=True)
 class Job:
     """One picture to draw: where it is, and the output's path below the output folder."""
 
-    source: Path
-    name: Path
+    source: Place
+    name: PurePath
 
 
 class Predictor:
@@ -75,34 +86,44 @@ def pad(pixels: Pixels, multiple: int) -> tuple[Pixels, int, int]:
     return padded, before[0], before[1]
 
 
-def find_jobs(given: str) -> list[Job]:
+def find_jobs(given: Place | str) -> list[Job]:
     """The pictures that --input names: a folder, a glob, a .txt list of paths, or one picture.
 
     Raises:
         DataError: nothing is found, or an output would have an unsafe name or the name of another.
     """
-    path = Path(given)
+    path = place(str(given), "--input")
     if path.is_dir():
-        jobs = [Job(picture, picture.relative_to(path)) for picture in pictures_below(path)]
+        jobs = [Job(picture, relative(picture, path)) for picture in pictures_below(path)]
     elif path.suffix == ".txt" and path.is_file():
-        jobs = [Job(path.parent / line, Path(line)) for line in _lines(path)]
+        jobs = [_job_of_line(line, path.parent) for line in _lines(path)]
     elif path.is_file():
-        jobs = [Job(path, Path(path.name))]
+        jobs = [Job(path, PurePath(path.name))]
     else:
-        jobs = _globbed(given)
+        jobs = _globbed_in_bucket(path) if isinstance(path, BucketPath) else _globbed(str(given))
     if not jobs:
         raise DataError(f"--input={given}: no pictures there; allowed: a folder, a glob, a .txt list of paths, one picture")
     return _checked([Job(job.source, job.name.with_suffix(".png")) for job in jobs])
 
 
-def _lines(path: Path) -> list[str]:
+def _job_of_line(line: str, folder: Place) -> Job:
+    """What a line of a list names: a path below the list's folder, or an address, whose key becomes the output's path."""
+    if not is_bucket(line):
+        return Job(folder / line, PurePath(line))
+    try:
+        return Job(parse(line), PurePath(parse(line).key))
+    except ValueError as error:
+        raise DataError(f"{line}: {error}") from error
+
+
+def _lines(path: Place) -> list[str]:
     try:
         return [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     except UnicodeDecodeError as error:
         raise DataError(f"--input={path}: the list is not UTF-8 text") from error
 
 
-def _unsafe(name: Path) -> str | None:
+def _unsafe(name: PurePath) -> str | None:
     """Why an output must not have this name."""
     if name.is_absolute() or ".." in name.parts:
         return "its output would be unsafe, outside of --output; name it relative, without `..`"
@@ -119,8 +140,27 @@ def _globbed(given: str) -> list[Job]:
     return [Job(path, path.relative_to(root)) for path in found]
 
 
+def _globbed_in_bucket(pattern: BucketPath) -> list[Job]:
+    """As `glob` finds them: a star crosses no slash, two stars do, and what is hidden is not found."""
+    parts = pattern.key.split("/")
+    depth = next((place for place, part in enumerate(parts) if glob.has_magic(part)), len(parts))
+    root = BucketPath(pattern.bucket, "/".join(parts[:depth]))
+    names = sorted(root.listing()) if depth < len(parts) else []
+    return [Job(below(root, name), PurePath(name)) for name in names if _fits(name.split("/"), parts[depth:])]
+
+
+def _fits(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    if not pattern or not parts:
+        return not parts and all(part == "**" for part in pattern)
+    hidden = parts[0].startswith(".")
+    if pattern[0] == "**":
+        return _fits(parts, pattern[1:]) or (not hidden and _fits(parts[1:], pattern))
+    fits = fnmatchcase(parts[0], pattern[0]) and (not hidden or pattern[0].startswith("."))
+    return fits and _fits(parts[1:], pattern[1:])
+
+
 def _checked(jobs: Sequence[Job]) -> list[Job]:
-    problems, seen = [], dict[Path, Path]()
+    problems, seen = [], dict[PurePath, Place]()
     for job in jobs:
         if reason := _unsafe(job.name):
             problems.append(f"{str(job.name)!r}: {reason}")
@@ -132,45 +172,67 @@ def _checked(jobs: Sequence[Job]) -> list[Job]:
     return list(jobs)
 
 
-def predict(run: TrainedRun, given: str, output: Path, seed: int | None = None) -> str:
+def predict(run: TrainedRun, given: Place | str, output: Place, seed: int | None = None) -> str:
     """Draw all pictures; return the closing line.
 
     Raises:
         DataError: some pictures could not be read; each is named, the others are drawn.
     """
-    if output.exists() and not output.is_dir():
+    if output.is_file() or (isinstance(output, Path) and output.exists() and not output.is_dir()):
         raise UserError(f"--output={output}: is a file; give a folder")
-    jobs = outside(find_jobs(given), Path(given), output)
+    jobs = outside(find_jobs(given), place(str(given), "--input"), output)
     predictor = Predictor(run, seed)
-    problems = [line for line in counted((_draw_one(predictor, job, output) for job in jobs), len(jobs), "drawing") if line]
+    drawn = (_draw_one(predictor, job, encoded) for job, encoded in zip(jobs, ahead(_read, jobs, AT_ONCE), strict=True))
+    done = ahead(partial(_write_one, output=output), drawn, AT_ONCE)
+    problems = [line for line in counted(done, len(jobs), "drawing") if line]
     if problems:
         raise DataError("\n".join([*problems, f"{len(problems)} of {len(jobs)} pictures could not be drawn"]))
     return f"{len(jobs)} pictures in {output}, drawn with step {run.marker.step} of {run.folder.path}"
 
 
-def outside(jobs: Sequence[Job], given: Path, output: Path) -> list[Job]:
+def outside(jobs: Sequence[Job], given: Place, output: Place) -> list[Job]:
     """The jobs without what an earlier run drew into an output folder that lies inside the input folder.
 
     Raises:
         DataError: an output would replace the picture that it is drawn from.
     """
-    replaced = [job for job in jobs if (output / job.name).resolve() == job.source.resolve()]
+    replaced = [job for job in jobs if _resolved(output / job.name) == _resolved(job.source)]
     if replaced:
         raise DataError(f"--output={output}: {replaced[0].source} would be replaced by its drawing; choose another folder")
-    drawn = output.resolve()
-    if not drawn.is_relative_to(given.resolve()):
+    drawn = _resolved(output)
+    if not drawn.is_relative_to(_resolved(given)):
         return list(jobs)
-    return [job for job in jobs if not job.source.resolve().is_relative_to(drawn)]
+    return [job for job in jobs if not _resolved(job.source).is_relative_to(drawn)]
 
 
-def _draw_one(predictor: Predictor, job: Job, output: Path) -> str | None:
-    """Draw one picture into the output folder, whole or not at all; a line if it cannot be."""
+def _resolved(where: Place) -> PurePath:
+    """One path for one file: links are followed, and a bucket counts as a root of its own."""
+    return PurePath(str(where)) if isinstance(where, BucketPath) else where.resolve()
+
+
+def _read(job: Job) -> bytes | OSError:
     try:
-        encoded = job.source.read_bytes()
-        drawn = predictor.draw(images.decode(encoded, images.inspect(encoded)))
-    except (OSError, ValueError) as error:
-        return f"{job.source}: {error.strerror if isinstance(error, OSError) else error}"
+        return job.source.read_bytes()
+    except OSError as error:
+        return error
+
+
+def _draw_one(predictor: Predictor, job: Job, encoded: bytes | OSError) -> tuple[Job, bytes | str]:
+    """Draw one picture: a PNG; or a line, if it cannot be drawn."""
+    if isinstance(encoded, OSError):
+        return job, f"{job.source}: {encoded.strerror}"
+    try:
+        return job, images.encode_png(predictor.draw(images.decode(encoded, images.inspect(encoded))))
+    except ValueError as error:
+        return job, f"{job.source}: {error}"
     except tf.errors.OpError as error:
-        return f"{job.source}: could not be drawn, perhaps for lack of memory: {plain(error)}"
-    write_bytes(output / job.name, images.encode_png(drawn))
+        return job, f"{job.source}: could not be drawn, perhaps for lack of memory: {plain(error)}"
+
+
+def _write_one(drawn: tuple[Job, bytes | str], output: Place) -> str | None:
+    """Write one drawing into the output folder, whole or not at all; or hand on the line."""
+    job, png = drawn
+    if isinstance(png, str):
+        return png
+    write_bytes(output / job.name, png)
     return None

@@ -1,19 +1,21 @@
 """A trained generator, opened from a run's folder without its data, its discriminator or its optimisers."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import keras
 import tensorflow as tf
 
+from trainer.cluster import VertexFolders
 from trainer.config import Config
 from trainer.data.pipeline import Specs
 from trainer.data.records import ImageSpec
 from trainer.errors import UserError
 from trainer.model.generators import depth_for, unet
-from trainer.runtime.checkpoints import Checkpoints, Marker
-from trainer.runtime.run_folder import RunFolder
+from trainer.runtime.checkpoints import checkpoints_in
+from trainer.runtime.ledger import Marker
+from trainer.runtime.run_folder import RunFolder, open_folder
+from trainer.storage.places import Place
 
 Inference = Literal["paper", "frozen"]
 
@@ -54,28 +56,30 @@ class TrainedRun:
         config, specs = self.config, self.specs
         channels = (specs.input.channels, specs.target.channels)
         network = unet(config.model, config.data.image_size, *channels, config.seed, any_size=any_size)
-        prefix = self.folder.checkpoints / self.marker.prefix
         which = "averaged" if config.train.ema_decay else "generator"
-        status = tf.train.Checkpoint(**{which: network}).read(str(prefix))
         try:
-            status.assert_existing_objects_matched().expect_partial()
+            with checkpoints_in(self.folder.checkpoints, config.train.keep).reading(self.marker) as prefix:
+                tf.train.Checkpoint(**{which: network}).read(prefix).assert_existing_objects_matched().expect_partial()
         except AssertionError as error:
-            raise UserError(f"{prefix}: is not a checkpoint of this generator") from error
+            where = self.folder.checkpoints / self.marker.prefix
+            raise UserError(f"{where}: is not a checkpoint of this generator") from error
         return network
 
 
-def open_run(model_dir: Path, checkpoint: str = "newest", inference: Inference | None = None) -> TrainedRun:
+def open_run(
+    model_dir: Place, checkpoint: str = "newest", inference: Inference | None = None, folders: VertexFolders | None = None
+) -> TrainedRun:
     """Open a run's folder for use; training in it may go on meanwhile.
 
     Raises:
         UserError: there is no run, or no whole checkpoint in it.
     """
-    folder = RunFolder(model_dir)
+    folder = open_folder(model_dir, folders or VertexFolders())
     about = folder.read_data()
     config = folder.saved_config()
     if config is None:
         raise UserError(f"--model_dir={model_dir}: its config.yaml is gone")
     if inference:
         config = config.model_copy(update={"model": config.model.model_copy(update={"inference": inference})})
-    marker = Checkpoints(folder.checkpoints, config.train.keep).choose(checkpoint)
+    marker = checkpoints_in(folder.checkpoints, config.train.keep).choose(checkpoint)
     return TrainedRun(folder, config, about, marker)

@@ -16,9 +16,11 @@ What fake-gcs-server 1.x does otherwise than the real service, and the proxy men
   on the first page, and loses the rest of the pages).  matchGlob, versions and softDeleted, which it ignores, answer 501.
 - Batch requests without the Content-ID that it insists on, and with preconditions.
 - mediaLink carries the generation, so that a client reads the object it looked at or gets 404, never a later one.
-- delete answers 204 and heeds `generation`; an update answers with the whole resource; compose of a missing source 404,
-  of more than 32 sources 400; a bucket that is not empty is not deleted, 409; 404 says which object, or that the bucket is
-  missing; `Transfer-Encoding: identity` is let pass; an upload reaches it only when it is there as a whole.
+- delete answers 204 and heeds `generation`; an update answers with the whole resource.
+- compose gives the object a new generation (fake-gcs-server keeps the old one), 404 for a missing source (it says 500),
+  400 for more than 32.
+- A bucket that is not empty is not deleted, 409; 404 says which object, or that the bucket is missing.
+- `Transfer-Encoding: identity` is let pass; an upload reaches it only when it is there as a whole.
 
 What stays different:
 
@@ -27,6 +29,9 @@ What stays different:
   `RATE_LIMITED`).  Bucket names and object names are not checked.
 - No XML API (so no transfer_manager.upload_chunks_concurrently), no gRPC, no uploads with chunked transfer encoding (411).
 - A resumable session never expires; it is lost with its bucket (`drop`).
+
+google-cloud-storage 3.17 asks for the bucket in a thread of its own, once for every client, whatever else it does; such a
+request comes at any time, so `environment` turns it off: the log, and faults by lot, would depend on when it comes.
 """
 
 import argparse
@@ -55,7 +60,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from http.server import BaseHTTPRequestHandler
 from types import FrameType, TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 LOOPBACK = "127.0.0.1"
@@ -235,6 +240,9 @@ class Chance:
     seconds: float = 5.0
 
     def __post_init__(self) -> None:
+        unknown = {kind for kind in self.kinds if not kind.isdigit()} - set(get_args(Action))
+        if unknown:
+            raise ValueError(f"unknown kinds of faults: {sorted(unknown)}")
         self.generator = random.Random(self.seed)
 
     def draw(self, call: Call) -> Fault | None:
@@ -462,7 +470,8 @@ def check_sums(declared: dict[str, str], content: Content) -> None:
     for kind, value in declared.items():
         if (calculated := checksum(kind, content)) != value:
             label = "CRC32C" if kind == "crc32c" else "MD5 hash"
-            raise RefusedError(error(400, f'Provided {label} "{value}" doesn\'t match calculated {label} "{calculated}".', "invalid"))
+            message = f'Provided {label} "{value}" doesn\'t match calculated {label} "{calculated}".'
+            raise RefusedError(error(400, message, "invalid"))
 
 
 def split_multipart(call: Call) -> tuple[Json, Content]:
@@ -717,11 +726,20 @@ class Store:
         demand(len(sources) <= 32, error(400, "The number of source components provided exceeds the limit (32)", "invalid"))
         with self.locks[bucket, name]:
             self.check(call.parameters, bucket, name)
-            for source in sources:
-                resource = self.existing(bucket, source["name"], source.get("generation") and str(source["generation"]))
-                wanted = {key: str(value) for key, value in source.get("objectPreconditions", {}).items()}
-                demand(conditions_hold(wanted, resource), CONDITION_NOT_MET)
-            return self.described(self.backend.ask("POST", call.route, call.body), call, bucket, name)
+            content = b"".join(self.component(bucket, source) for source in sources)
+            metadata = order.get("destination", {}) | {"name": name}
+            return self.described(self.backend.insert(bucket, metadata, content), call, bucket, name)
+
+    def component(self, bucket: str, source: Json) -> Content:
+        """The content of one source of compose, if it is as the request wants it."""
+        wanted = {key: str(value) for key, value in source.get("objectPreconditions", {}).items()}
+        generation = str(source["generation"]) if "generation" in source else None
+        resource = self.existing(bucket, source["name"], generation)
+        demand(conditions_hold(wanted, resource), CONDITION_NOT_MET)
+        path = f"{object_path(bucket, source['name'])}?alt=media&generation={resource['generation']}"
+        answer = self.backend.ask("GET", path)
+        demand(answer.status == 200, no_object(bucket, source["name"]))
+        return answer.body
 
     def copy(self, call: Call, bucket: str, name: str, to_bucket: str, to_name: str) -> Answer:
         with self.locks[to_bucket, to_name]:
@@ -955,8 +973,8 @@ class Handler(BaseHTTPRequestHandler):
             start = self.entry.sent
             data = flipped(piece, flip - start)[: length - start]
             self.entry.sent += len(data)  # before it is sent, so that who has the answer finds it in the log
-            self.connection.sendall(data)
             pace.wait(len(data))
+            self.connection.sendall(data)
             if self.entry.sent >= length:
                 break
 
@@ -1080,6 +1098,7 @@ class BucketService:
             "STORAGE_EMULATOR_HOST": self.url,
             "GOOGLE_CLOUD_PROJECT": "test-project",
             "NO_GCE_CHECK": "true",
+            "DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA": "true",
             "no_proxy": exempt,
             "NO_PROXY": exempt,
         }
@@ -1105,7 +1124,7 @@ class BucketService:
 
     def random_faults(self, share: float, seed: int, kinds: Sequence[str] = KINDS, stall_seconds: float = 5.0) -> None:
         """This share of all requests meets a fault, drawn from `kinds`: statuses as digits, or actions of a `Fault`."""
-        self.command("random_faults", share=share, seed=seed, kinds=list(kinds), seconds=stall_seconds)
+        self.command("random_faults", **asdict(Chance(share, seed, list(kinds), stall_seconds)))
 
     def away(self, gone: bool = True) -> None:
         """Ends every connection, running transfers too, until it is told `False`."""
@@ -1136,12 +1155,12 @@ def run(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--megabytes_per_second", type=float, default=0.0, metavar="N", help="limit for one connection")
     parser.add_argument("--bucket", action="append", default=[], metavar="NAME", help="a bucket to make; may be repeated")
     parser.add_argument("command", nargs="+", metavar="COMMAND")
-    chosen = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     with BucketService() as service:
-        for name in chosen.bucket:
+        for name in options.bucket:
             service.bucket(name)
-        service.throttle(chosen.latency, chosen.megabytes_per_second * 1e6)
-        return run_command(chosen.command, os.environ | service.environment)
+        service.throttle(options.latency, options.megabytes_per_second * 1e6)
+        return run_command(options.command, os.environ | service.environment)
 
 
 def run_command(command: list[str], environment: dict[str, str]) -> int:

@@ -21,6 +21,7 @@ from trainer.data import records
 from trainer.runtime.checkpoints import Checkpoints, Marker
 
 STEPS = 400
+MEASURED = ("images_per_second", "input/")  # by the clock
 SETTINGS = (
     *SMALL, "train.batch_size=2", f"train.steps={STEPS}", "train.checkpoint_every=35", "train.summary_every=20",
     "train.sample_every=100", "train.evaluate_every=50", "train.keep=2", "optimizer.schedule=linear_decay",
@@ -60,7 +61,7 @@ def scalars(folder: Path) -> list[tuple[int, str, float]]:
         for record in tf.data.TFRecordDataset(str(path)).as_numpy_iterator():
             event = tf.compat.v1.Event.FromString(record)
             values = [(event.step, value.tag, float(tf.make_ndarray(value.tensor))) for value in event.summary.value]
-            found += [value for value in values if value[1] != "images_per_second"]
+            found += [value for value in values if not value[1].startswith(MEASURED)]
     return sorted(found)
 
 

@@ -1,6 +1,13 @@
-"""One pair's files -> one record; run in processes of its own, and the same bytes whichever process does it."""
+"""One pair's files -> one record; run in processes of its own, and the same bytes whichever process does it.
 
-from collections.abc import Sequence
+Each process fetches its own pictures from a bucket, several at once. A picture is needed twice, for its header and for its
+record: the first time a copy is kept in a folder of this machine, if there is one, so that it is downloaded once.
+"""
+
+import hashlib
+import os
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +17,8 @@ import tensorflow as tf
 from trainer.data import images
 from trainer.data.images import ImageInfo
 from trainer.data.sources import PairFile
+from trainer.storage.places import Place
+from trainer.storage.transfer import ahead
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,25 +46,55 @@ def limit_threads() -> None:
     tf.config.threading.set_inter_op_parallelism_threads(1)
 
 
-def _read(path: Path) -> bytes:
+def _contents(pairs: Sequence[PairFile], keep: Path | None) -> Iterator[bytes | OSError]:
+    """The bytes of the pairs' files, in order; those of a bucket are fetched while the ones before are looked at."""
+    paths = [path for pair in pairs for path in pair.paths]
+    reading = map if all(isinstance(path, Path) for path in paths) else ahead
+    return iter(reading(lambda path: _read(path, keep), paths))
+
+
+def _read(path: Place, keep: Path | None) -> bytes | OSError:
     try:
-        return path.read_bytes()
+        return path.read_bytes() if isinstance(path, Path) or keep is None else _kept(path, keep)
     except OSError as error:
-        raise ValueError(f"cannot be read: {error.strerror}") from error
+        return error
 
 
-def read_headers(pairs: Sequence[PairFile]) -> list[Headers]:
-    """Look at the headers of some pairs."""
-    return [_headers(pair) for pair in pairs]
+def _kept(path: Place, keep: Path) -> bytes:
+    """The bytes of an object, from the folder for copies or into it."""
+    copy = keep / hashlib.sha256(str(path).encode()).hexdigest()
+    if copy.is_file():
+        return copy.read_bytes()
+    content = path.read_bytes()
+    temporary = copy.with_name(f"{copy.name}.{os.getpid()}-{threading.get_ident()}")  # a list may name a picture twice
+    temporary.write_bytes(content)
+    temporary.replace(copy)
+    return content
 
 
-def _headers(pair: PairFile) -> Headers:
+def _need(content: bytes | OSError) -> bytes:
+    if isinstance(content, OSError):
+        raise ValueError(f"cannot be read: {content.strerror}") from content
+    return content
+
+
+def _checksum(content: bytes) -> str:
+    return f"{google_crc32c.value(content):08x}"
+
+
+def read_headers(pairs: Sequence[PairFile], keep: Path | None = None) -> list[Headers]:
+    """Look at the headers of some pairs; `keep` is a folder for copies of what was downloaded."""
+    contents = _contents(pairs, keep)
+    return [_headers(pair, [next(contents) for _ in pair.paths]) for pair in pairs]
+
+
+def _headers(pair: PairFile, contents: Sequence[bytes | OSError]) -> Headers:
     infos: list[ImageInfo] = []
     checksums: list[str] = []
-    for path in pair.paths:
+    for path, content in zip(pair.paths, contents, strict=True):
         try:
-            encoded = _read(path)
-            checksums.append(f"{google_crc32c.value(encoded):08x}")
+            encoded = _need(content)
+            checksums.append(_checksum(encoded))
             infos.append(images.inspect(encoded))
         except ValueError as error:
             return Headers(pair, [], f"{path}: {error}", tuple(checksums))
@@ -72,23 +111,32 @@ def _mismatch(pair: PairFile, infos: list[ImageInfo]) -> str | None:
     return None
 
 
-def convert(pairs: Sequence[Headers]) -> list[Converted]:
-    """Turn some pairs, whose headers are sound, into records."""
-    return [_convert(headers) for headers in pairs]
+def convert(pairs: Sequence[Headers], keep: Path | None = None) -> list[Converted]:
+    """Turn some pairs, whose headers are sound, into records; `keep` as for `read_headers`."""
+    contents = _contents([headers.pair for headers in pairs], keep)
+    return [_convert(headers, [next(contents) for _ in headers.pair.paths]) for headers in pairs]
 
 
-def _convert(headers: Headers) -> Converted:
+def _convert(headers: Headers, contents: Sequence[bytes | OSError]) -> Converted:
     pair = headers.pair
     names = ["pair"] if pair.target is None else ["input", "target"]
     features = {"key": _bytes(pair.key.encode())}
-    for name, path, info in zip(names, pair.paths, headers.infos, strict=True):
+    known = zip(names, pair.paths, contents, headers.infos, headers.checksums, strict=True)
+    for name, path, content, info, checksum in known:
         try:
-            encoded, stored = _stored(_read(path), info)
+            encoded, stored = _stored(_unchanged(content, checksum), info)
         except ValueError as error:
             return Converted(pair.key, b"", f"{path}: {error}")
         features |= _side(name, encoded, stored, info)
     example = tf.train.Example(features=tf.train.Features(feature=features))
     return Converted(pair.key, bytes(example.SerializeToString(deterministic=True)))
+
+
+def _unchanged(content: bytes | OSError, checksum: str) -> bytes:
+    encoded = _need(content)
+    if _checksum(encoded) != checksum:
+        raise ValueError("was changed after its header was read; start the command again")
+    return encoded
 
 
 def _stored(encoded: bytes, info: ImageInfo) -> tuple[bytes, str]:

@@ -4,17 +4,18 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
 from trainer.config import Config
-from trainer.data import order, pairs, records
+from trainer.data import keep, order, pairs, records
+from trainer.data.reading import RUN_BYTES
 from trainer.data.records import ImageSpec
-from trainer.data.split import Split
+from trainer.data.split import Means, Reader, Split
 from trainer.errors import DataError
+from trainer.storage.places import Place
 
 READS_AT_ONCE = 4
 BATCHES_AHEAD = 4
@@ -33,22 +34,24 @@ class Specs:
 class PairData:
     """A prepared data set as the networks see it."""
 
-    def __init__(self, folder: Path, config: Config) -> None:
+    def __init__(self, folder: Place, config: Config) -> None:
         """Read the manifest and compare the shards' sizes with it.
 
         Raises:
             DataError: the folder, the manifest or a shard is missing or wrong.
+            TrainerError: the bucket is away, or refuses.
         """
         self.folder = folder
         self.manifest = records.read_manifest(folder)
         self._config = config
-        for shards in self.manifest.splits.values():
-            records.check_shard_sizes(folder, shards)
+        records.check_shard_sizes(folder, (shard for shards in self.manifest.splits.values() for shard in shards))
+        cache = keep.choose(config.data, folder, self.manifest)
+        self._means = Means(cache, config.data.readers, config.data.read_ahead_mb * 10**6)
         self._splits: dict[str, Split] = {}
         self.train = self.split("train")
 
     @classmethod
-    def without_config(cls, folder: Path) -> "PairData":
+    def without_config(cls, folder: Place) -> "PairData":
         """The data set as it is, at 128 pixels square: for looking at it."""
         settings = {"dir": str(folder), "image_size": (128, 128)}
         return cls(folder, Config.model_validate({"data": settings}))
@@ -71,8 +74,13 @@ class PairData:
     def split(self, name: str) -> Split:
         """A split by name; one that the data set does not have is empty."""
         if name not in self._splits:
-            self._splits[name] = Split(self.folder, self.manifest, name, cache=self._config.data.cache == "memory")
+            self._splits[name] = Split(self.folder, self.manifest, name, self._means)
         return self._splits[name]
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of records that have come from disk or bucket so far."""
+        return sum(split.bytes_read for split in list(self._splits.values()))
 
     @property
     def specs(self) -> Specs:
@@ -97,12 +105,28 @@ class PairData:
         epoch = order.placement(step, self.train.examples, self._config.train.batch_size).epoch
         return order.augmentation(numbers, self._config.seed, epoch, data.jitter, data.mirror)
 
+    def _reader(self, first_step: int, last_step: int | None, own: range) -> Reader:
+        """What reads this worker's records of each epoch from a step on, and only those."""
+        size, steps = self._config.train.batch_size, self.steps_per_epoch
+
+        def needs(epoch: int) -> NDArray[np.int64]:
+            first = max(first_step - epoch * steps, 0)
+            last = steps if last_step is None else min(max(last_step - epoch * steps, 0), steps)
+            whole = order.epoch_order(self.train.examples, self._config.seed, epoch, size)
+            return np.asarray(whole[first:last, own.start : own.stop], np.int64).ravel()
+
+        neighbours = order.chunk_size(self.train.examples)
+        at_once = len(own) * (max(order.WINDOW // size, neighbours) + neighbours // 2)
+        run = run_length(neighbours, at_once, self.train.mean_bytes, self.train.room)
+        return self.train.noting(self.train.reader(needs, run, first_step // max(1, steps)))
+
     def training_batches(
         self, first_step: int, last_step: int | None = None, *, places: range | None = None, replicas: int = 1
     ) -> tf.data.Dataset:
         """The global batches of the steps from first_step on, in order; or one worker's places in them.
 
-        Only the records of these places are read. Shapes are static, so that a TPU's compiler can take them.
+        Only the records of these places are read (of a bucket whose records are kept, the runs of neighbours that they lie in).
+        Shapes are static, so that a TPU's compiler can take them.
 
         Args:
             first_step: the step of the first batch, from 0.
@@ -115,10 +139,11 @@ class PairData:
             uint32 (examples,), the place of each example in the global batch.
         """
         own = range(self._config.train.batch_size) if places is None else places
+        reader = self._reader(first_step, last_step, own)
 
         def read_step(step: NDArray[np.int64]) -> tuple[NDArray[np.object_], NDArray[np.int32]]:
             numbers = self.batch_records(int(step))[own.start : own.stop]
-            encoded = [self.train.read_or_note(int(number)) for number in numbers]
+            encoded = reader(int(step) // self.steps_per_epoch, numbers.tolist())
             return np.array(encoded, dtype=object), self._augmentation(int(step), numbers)
 
         def read(step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
@@ -137,8 +162,10 @@ class PairData:
     def batches_of(self, split: Split, numbers: Sequence[int], batch_size: int) -> tf.data.Dataset:
         """Some pairs of a split, not augmented; the last batch may be smaller."""
 
+        reader = split.noting(split.in_turn(numbers))
+
         def read_one(number: NDArray[np.int64]) -> bytes:
-            return split.read_or_note(int(number))
+            return reader(0, [int(number)])[0]
 
         def read(number: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
             encoded = tf.ensure_shape(tf.numpy_function(read_one, [number], tf.string), [])
@@ -160,7 +187,7 @@ class PairData:
 
     @contextmanager
     def naming_damage(self, split: Split, numbers: Callable[[], Iterable[int]]) -> Iterator[None]:
-        """Turn a failure of the input pipeline into the DataError that names the record.
+        """Turn a failure of the input pipeline into the error that names the record, or into what the bucket said.
 
         Args:
             split: what is being read.
@@ -175,6 +202,26 @@ class PairData:
             if damage is None:
                 raise
             raise damage from error
+
+
+def run_length(neighbours: int, at_once: int, mean_bytes: int, room: int) -> int:
+    """How many of the neighbours in the coarse shuffle a bucket is asked for at once.
+
+    Runs of r records, used in a shuffled order, leave x - x^r of a window waiting after its part 1 - x, at the most
+    where x^(r-1) = 1/r. The longest run is taken that leaves a quarter of the room for reading ahead.
+
+    Args:
+        neighbours: records that stay together in the coarse shuffle.
+        at_once: records of all windows that are in use at a time.
+        mean_bytes: of a record.
+        room: bytes that may wait for their use.
+    """
+    for run in range(neighbours, 1, -1):
+        most = run ** (-1 / (run - 1))
+        waiting = at_once * mean_bytes * (most - most**run)
+        if neighbours % run == 0 and run * mean_bytes <= RUN_BYTES and waiting <= room * 3 / 4:
+            return run
+    return 1
 
 
 _ABANDONED: list[Iterator[dict[str, tf.Tensor]]] = []

@@ -1,16 +1,19 @@
 """Pairs of pictures -> shards and manifest: all or nothing, the same bytes for the same input.
 
 The headers of all pictures are looked at first; then pairs are decoded and turned into records by several processes, and
-written by this one in the order of their keys. Everything is made in OUTPUT.partial, which takes its name when it is whole;
-a run that was interrupted finds its finished shards there and goes on.
+written by this one in the order of their keys. `outputs` says where: a run that was interrupted finds its finished shards there
+and goes on. Pictures and data set may each be here or in a bucket; keys, splits, shards and manifest are the same.
 """
 
 import hashlib
 import json
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -18,12 +21,15 @@ from trainer.counter import counted
 from trainer.data import records
 from trainer.data.convert import Converted, Headers, convert, read_headers
 from trainer.data.images import ImageInfo
+from trainer.data.outputs import Entry, Output, output_at, write_note
 from trainer.data.records import ImageSpec, Manifest, Shard
-from trainer.data.sources import SPLITS, Listing, list_pairs
+from trainer.data.sources import SPLITS, Found, Listing, list_pairs
 from trainer.data.workers import Workers
-from trainer.errors import DataError, UserError
+from trainer.errors import DataError
+from trainer.storage.bucket import BucketPath
+from trainer.storage.places import Place
 
-PARTIAL_MARK = ".trainer-prepare"
+KEEP_BYTES = 2_000_000_000  # of pictures of a bucket that are kept here between their header and their record
 LABEL_SIDES = {"none": (), "input": ("input",), "target": ("target",), "both": ("input", "target")}
 
 
@@ -33,7 +39,7 @@ class Options:
 
     Attributes:
         source, layout: see `sources.list_pairs`.
-        output: the folder that will hold the data set.
+        output: the folder that will hold the data set, here or in a bucket.
         labels: which side holds label maps, resized by nearest neighbour: none, input, target or both.
         percent: shares of train, val and test where the source has no such folders.
         shard_bytes: about how large a shard becomes.
@@ -42,7 +48,7 @@ class Options:
 
     source: str
     layout: str
-    output: Path
+    output: Place
     labels: str = "none"
     percent: tuple[int, ...] = (90, 5, 5)
     shard_bytes: int = 256_000_000
@@ -75,16 +81,30 @@ def prepare(options: Options, processes: int = 0, skip_bad: bool = False) -> str
     listing = list_pairs(options.source, options.layout, options.percent)
     if not listing.pairs and not listing.problems:
         raise DataError(f"--source={options.source}: no pictures (PNG, JPEG, WebP, BMP, TIFF) of layout {options.layout} in it")
-    with Workers(processes) as workers:
-        headers = list(counted(workers.map(read_headers, listing.pairs), len(listing.pairs), "headers"))
+    with room_for_copies(listing) as keep, Workers(processes) as workers:
+        read = workers.map(partial(read_headers, keep=keep), listing.pairs)
+        headers = list(counted(read, len(listing.pairs), "headers"))
         made_from = digest(headers, options, skip_bad)
-        if is_prepared(options.output, made_from):
+        output = output_at(options.output, made_from)
+        if output.is_prepared():
             return f"{options.output} is prepared already, from the same pictures and flags"
         sound, problems = judge(headers, listing)
         if problems and not skip_bad:
-            problems += look_for_damage(workers, sound)
+            problems += look_for_damage(workers, sound, keep)
             raise DataError(report(problems, len(listing.pairs)))
-        return write(workers, sound, problems, options, made_from, skip_bad)
+        order = Order(options, made_from, skip_bad, keep)
+        return write(workers, sound, problems, order, output)
+
+
+@contextmanager
+def room_for_copies(listing: Listing) -> Iterator[Path | None]:
+    """A folder for copies of pictures of a bucket; None if there are none, or too many to be kept: they are downloaded twice."""
+    total = sum(path.size for pair in listing.pairs for path in pair.paths if isinstance(path, Found))
+    if not 0 < total <= min(KEEP_BYTES, shutil.disk_usage(tempfile.gettempdir()).free // 2):
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="trainer-pictures-") as folder:
+        yield Path(folder)
 
 
 def digest(headers: Sequence[Headers], options: Options, skip_bad: bool) -> str:
@@ -94,30 +114,10 @@ def digest(headers: Sequence[Headers], options: Options, skip_bad: bool) -> str:
     return hashlib.sha256(json.dumps([pairs, flags]).encode()).hexdigest()
 
 
-def _size(path: Path) -> int:
+def _size(path: Place) -> int:
+    if isinstance(path, BucketPath):
+        return path.size if isinstance(path, Found) else -1
     return path.stat().st_size if path.is_file() else -1
-
-
-def is_there(output: Path) -> bool:
-    """Whether the output folder holds a whole data set."""
-    return (output / records.MANIFEST_NAME).is_file()
-
-
-def is_prepared(output: Path, made_from: str) -> bool:
-    """Whether the output is this very data set already.
-
-    Raises:
-        UserError: something else is there.
-    """
-    if not output.exists():
-        return False
-    if not output.is_dir() or (any(output.iterdir()) and not is_there(output)):
-        raise UserError(f"--output={output}: is there and is no data set; choose another or remove it")
-    if not any(output.iterdir()):
-        return False
-    if records.read_manifest(output).made_from != made_from:
-        raise UserError(f"--output={output}: holds another data set; choose another or remove it")
-    return True
 
 
 def report(problems: list[str], pairs: int) -> str:
@@ -148,9 +148,9 @@ def unlike_most(infos: Sequence[ImageInfo]) -> Iterator[tuple[int, str]]:
             yield place, "has no alpha channel, most have one" if alpha else "has an alpha channel, most have none"
 
 
-def look_for_damage(workers: Workers, sound: Sequence[Headers]) -> list[str]:
+def look_for_damage(workers: Workers, sound: Sequence[Headers], keep: Path | None) -> list[str]:
     """Decode the pairs whose headers are sound, so that one report names everything."""
-    results = counted(workers.map(convert, sound), len(sound), "decoding")
+    results = counted(workers.map(partial(convert, keep=keep), sound), len(sound), "decoding")
     return [result.problem for result in results if result.problem]
 
 
@@ -172,46 +172,51 @@ def plan_shards(sound: Sequence[Headers], shard_bytes: int) -> list[PlannedShard
     return planned
 
 
-def write(workers: Workers, sound: list[Headers], problems: list[str], options: Options, made_from: str, skip_bad: bool) -> str:
-    """Write all shards and the manifest, and give them their name.
+@dataclass(frozen=True)
+class Order:
+    """What `write` is to do: the options, the digest of what the set is made from, and where copies of pictures are."""
+
+    options: Options
+    made_from: str
+    skip_bad: bool
+    keep: Path | None
+
+
+def write(workers: Workers, sound: list[Headers], problems: list[str], order: Order, output: Output) -> str:
+    """Write all shards and the manifest; return the closing lines.
 
     Raises:
         DataError: a picture is damaged behind its header and --skip_bad is not given.
     """
-    partial = options.output.with_name(options.output.name + ".partial")
-    own_partial(partial)
-    planned = plan_shards(sound, options.shard_bytes)
-    done = [finished_shard(partial, shard, made_from) for shard in planned]
-    todo = [item for shard, entry in zip(planned, done, strict=True) if not entry for item in shard.headers]
-    results = counted(workers.map(convert, todo), len(todo), "writing")
+    planned = plan_shards(sound, order.options.shard_bytes)
     splits: dict[str, list[Shard]] = {split: [] for split in SPLITS}
+    with output.room() as room:
+        made = make_shards(workers, planned, output.finished([shard.file for shard in planned]), order, room)
+        for shard, (written, bad) in zip(planned, output.keep(made, len(planned)), strict=True):
+            problems += bad
+            splits[shard.split].append(written)
+        if problems and not order.skip_bad:
+            output.discard()
+            raise DataError(report(problems, len(sound)))
+        manifest = describe(sound, splits, problems, order.options, order.made_from)
+        if not any(shard.examples for shards in manifest.splits.values() for shard in shards):
+            output.discard()
+            raise DataError("\n".join([*manifest.skipped, "no sound pair is left; nothing was written"]))
+        output.publish(manifest)
+    return closing(manifest, order.options.output)
+
+
+def make_shards(
+    workers: Workers, planned: Sequence[PlannedShard], done: Sequence[Entry | None], order: Order, room: Path
+) -> Iterator[Entry]:
+    """Write the shards that are not done, one for each that is asked for."""
+    todo = [item for shard, entry in zip(planned, done, strict=True) if not entry for item in shard.headers]
+    results = counted(workers.map(partial(convert, keep=order.keep), todo), len(todo), "writing")
     for shard, entry in zip(planned, done, strict=True):
-        written, bad = entry or write_one(partial, shard, results, made_from)
-        problems += bad
-        splits[shard.split].append(written)
-    if problems and not skip_bad:
-        shutil.rmtree(partial)
-        raise DataError(report(problems, len(sound)))
-    manifest = describe(sound, splits, problems, options, made_from)
-    publish(partial, manifest, options.output)
-    return closing(manifest, options.output)
+        yield entry or write_one(room, shard, results, order.made_from)
 
 
-def own_partial(partial: Path) -> None:
-    """Make the folder for what is not finished, or find the one that an interrupted run left.
-
-    Raises:
-        UserError: a folder of this name is somebody else's.
-    """
-    if partial.exists() and not (partial / PARTIAL_MARK).is_file():
-        raise UserError(
-            f"{partial}: is in the way, and not from an interrupted `trainer prepare`; move it or choose another --output"
-        )
-    partial.mkdir(parents=True, exist_ok=True)
-    (partial / PARTIAL_MARK).touch()
-
-
-def write_one(partial: Path, shard: PlannedShard, results: Iterator[Converted], made_from: str) -> tuple[Shard, list[str]]:
+def write_one(folder: Path, shard: PlannedShard, results: Iterator[Converted], made_from: str) -> Entry:
     """Write one shard from the next results, and note beside it that it is finished."""
     problems: list[str] = []
 
@@ -223,22 +228,9 @@ def write_one(partial: Path, shard: PlannedShard, results: Iterator[Converted], 
             else:
                 yield result.record
 
-    written = records.write_shard(partial / shard.file, sound_records())
-    note = {"made_from": made_from, "shard": written.model_dump(), "problems": problems}
-    (partial / f"{shard.file}.json").write_text(json.dumps(note))
-    return written, problems
-
-
-def finished_shard(partial: Path, shard: PlannedShard, made_from: str) -> tuple[Shard, list[str]] | None:
-    """What an interrupted run wrote of this shard, if it finished it from the same pictures."""
-    note_file = partial / f"{shard.file}.json"
-    try:
-        note = json.loads(note_file.read_text())
-        entry = Shard.model_validate(note["shard"])
-        whole = note["made_from"] == made_from and (partial / shard.file).stat().st_size == entry.bytes
-        return (entry, note["problems"]) if whole else None
-    except (OSError, ValueError, KeyError):
-        return None
+    entry = records.write_shard(folder / shard.file, sound_records()), problems
+    write_note(folder, entry, made_from)
+    return entry
 
 
 def describe(
@@ -253,7 +245,7 @@ def describe(
     ]
     return Manifest(
         version=1,
-        name=options.name or options.output.name,
+        name=options.name or options.output.name or str(options.output),
         source=options.origin or options.source,
         licence=options.licence,
         layout=layout,
@@ -271,22 +263,7 @@ def side_spec(infos: Sequence[ImageInfo], kind: Literal["photo", "labels"]) -> I
     return ImageSpec.model_validate({"kind": kind, "channels": channels, "bit_depth": infos[0].bit_depth})
 
 
-def publish(partial: Path, manifest: Manifest, output: Path) -> None:
-    """Write the manifest, clear the notes away, and rename: from here on the data set exists."""
-    if not any(shard.examples for shards in manifest.splits.values() for shard in shards):
-        shutil.rmtree(partial)
-        raise DataError("\n".join([*manifest.skipped, "no sound pair is left; nothing was written"]))
-    named = {shard.file for shards in manifest.splits.values() for shard in shards}
-    for path in partial.iterdir():
-        if path.name not in named:
-            path.unlink()
-    records.write_manifest(partial, manifest)
-    if output.is_dir():
-        output.rmdir()
-    partial.replace(output)
-
-
-def closing(manifest: Manifest, output: Path) -> str:
+def closing(manifest: Manifest, output: Place) -> str:
     """What was made."""
     counts = ", ".join(f"{split} {manifest.examples(split)}" for split in manifest.splits)
     shards = [shard for split in manifest.splits.values() for shard in split]

@@ -3,8 +3,10 @@
 import gzip
 import hashlib
 import logging
+import os
 import shutil
 import tarfile
+import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -16,9 +18,10 @@ import requests
 import urllib3
 from tqdm import tqdm
 
-from trainer.data.prepare import Options, is_there, prepare
-from trainer.data.records import read_manifest
+from trainer.data.prepare import Options, prepare
+from trainer.data.records import MANIFEST_NAME, read_manifest
 from trainer.errors import DataError, TrainerError, UserError
+from trainer.storage.places import Place
 
 log = logging.getLogger(__name__)
 BASE_URL = "http://efrosgans.eecs.berkeley.edu/pix2pix/datasets/"
@@ -55,13 +58,12 @@ def fetch(name: str, options: Options, base_url: str | None, processes: int, ski
         TrainerError: the server could not be reached.
     """
     url = f"{(base_url or BASE_URL).rstrip('/')}/{name}.tar.gz"
-    if is_there(options.output):
+    if (options.output / MANIFEST_NAME).is_file():
         manifest = read_manifest(options.output)
         if (manifest.name, manifest.source) != (name, url):
             raise UserError(f"--output={options.output}: holds another data set, {manifest.name}; choose another or remove it")
         return f"{options.output} is prepared already"
-    work = options.output.with_name(options.output.name + ".download")
-    work.mkdir(parents=True, exist_ok=True)
+    work = workshop(name, options.output)
     archive = download(url, work / f"{name}.tar.gz")
     pictures = unpack(archive, work / "unpacked")
     published = PUBLISHED[name]
@@ -70,6 +72,23 @@ def fetch(name: str, options: Options, base_url: str | None, processes: int, ski
     done = prepare(named, processes, skip_bad)
     shutil.rmtree(work / "unpacked")
     return f"{done}\nthe archive is kept in {work}; remove it if you need the room"
+
+
+def workshop(name: str, output: Place) -> Path:
+    """The folder of this machine for archive and pictures: OUTPUT.download, or one in TMPDIR where the output is in a bucket.
+
+    Raises:
+        UserError: the one in TMPDIR, where everybody may write, is somebody else's.
+    """
+    if isinstance(output, Path):
+        work = output.with_name(output.name + ".download")
+        work.mkdir(parents=True, exist_ok=True)
+        return work
+    work = Path(tempfile.gettempdir()) / f"trainer-{os.getuid()}-{name}.download"
+    work.mkdir(mode=0o700, exist_ok=True)
+    if work.stat().st_uid != os.getuid():
+        raise UserError(f"{work}: is in the way, and somebody else's; choose another TMPDIR")
+    return work
 
 
 def download(url: str, path: Path) -> Path:

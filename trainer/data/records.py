@@ -4,12 +4,13 @@ A record is framed as TensorFlow frames it: length (uint64), masked CRC-32C of t
 the bytes, all little endian. The manifest keeps each record's offset, so that any record is read without the ones before.
 """
 
+import errno
 import hashlib
 import itertools
 import json
 import os
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -18,7 +19,8 @@ import pydantic
 from pydantic import BaseModel, Field
 
 from trainer.config import validation_lines
-from trainer.errors import DataError
+from trainer.errors import DataError, TrainerError
+from trainer.storage.places import Place, sizes_in
 
 MANIFEST_NAME = "dataset.json"
 _HEADER = struct.Struct("<QI")
@@ -107,22 +109,62 @@ def frame(record: bytes) -> bytes:
     return length + struct.pack("<I", masked_crc32c(length)) + record + struct.pack("<I", masked_crc32c(record))
 
 
-def read_framed(descriptor: int, offset: int, end: int) -> bytes:
-    """Read the record that is framed between two byte offsets of an open file.
+def unframe(framed: bytes, length: int) -> bytes:
+    """The record in a frame that should have `length` bytes.
 
     Raises:
         ValueError: saying what is wrong with the frame; the caller knows and adds shard and record.
     """
-    framed = os.pread(descriptor, end - offset, offset)
-    if len(framed) < end - offset:
-        raise ValueError(f"the shard ends {end - offset - len(framed)} bytes too early")
-    length, length_crc = _HEADER.unpack_from(framed)
-    if masked_crc32c(framed[:8]) != length_crc or length != len(framed) - _HEADER.size - _FOOTER.size:
+    if len(framed) < length:
+        raise ValueError(f"the shard ends {length - len(framed)} bytes too early")
+    stated, stated_crc = _HEADER.unpack_from(framed)
+    if masked_crc32c(framed[:8]) != stated_crc or stated != len(framed) - _HEADER.size - _FOOTER.size:
         raise ValueError("the record's length is damaged")
     record = framed[_HEADER.size : -_FOOTER.size]
     if masked_crc32c(record) != _FOOTER.unpack_from(framed, len(framed) - _FOOTER.size)[0]:
         raise ValueError("the record's checksum does not match its bytes")
     return record
+
+
+def read_part(file: Place, start: int, end: int) -> bytes:
+    """The bytes of a shard from `start` up to `end`, fewer where it ends before.
+
+    Raises:
+        OSError: the file cannot be read.
+        TrainerError: the bucket is away, or refuses.
+    """
+    if not isinstance(file, Path):
+        return file.read_range(start, end)
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        return os.pread(descriptor, end - start, start)
+    finally:
+        os.close(descriptor)
+
+
+def unreadable(record: str, error: ValueError | OSError) -> TrainerError:
+    """The line for a record that cannot be had: the data's fault, or of something that may pass by itself."""
+    if isinstance(error, ValueError):
+        return DataError(f"{record}: {error}; copy the shard again, or prepare the data again")
+    kind = DataError if error.errno in (errno.ENOENT, errno.EACCES) else TrainerError
+    return kind(f"{record}: cannot be read: {error.strerror}")
+
+
+def read_one(folder: Place, manifest: Manifest) -> None:
+    """Read the first record there is, to see that the shards can be read at all; TensorFlow is not needed for it.
+
+    Raises:
+        DataError: it is missing or damaged; names shard and record.
+        TrainerError: it could not be read this time.
+    """
+    shard = next((shard for shards in manifest.splits.values() for shard in shards if shard.offsets), None)
+    if shard is None:
+        return
+    end = [*shard.offsets, shard.bytes][1]
+    try:
+        unframe(read_part(folder / shard.file, 0, end), end)
+    except (ValueError, OSError) as error:
+        raise unreadable(f"{folder / shard.file}, record 0", error) from error
 
 
 def write_shard(path: Path, records: Iterable[bytes]) -> Shard:
@@ -153,18 +195,19 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     temporary.replace(folder / MANIFEST_NAME)
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Place) -> Manifest:
     """Read and validate dataset.json.
 
     Raises:
         DataError: the folder or the manifest is missing or wrong; one line for each problem.
+        TrainerError: the bucket is away, or refuses.
     """
     path = folder / MANIFEST_NAME
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such data folder; --data_dir names a prepared data set")
     try:
         return Manifest.model_validate_json(path.read_bytes())
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if not folder.is_dir():
+            raise DataError(f"{folder}: no such data folder; --data_dir names a prepared data set") from error
         raise DataError(f"{folder}: no {MANIFEST_NAME} in it, so it is not a prepared data set") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
@@ -172,22 +215,23 @@ def read_manifest(folder: Path) -> Manifest:
         raise DataError("\n".join(validation_lines(error, str(path)))) from error
 
 
-def size_problem(folder: Path, shard: Shard) -> str | None:
-    """A line if a shard is missing or not of the size that the manifest states."""
-    path = folder / shard.file
-    if not path.is_file():
-        return f"{path}: this shard is missing; copy it again or prepare the data again"
-    if (size := path.stat().st_size) != shard.bytes:
-        return f"{path}: has {size} bytes, the manifest says {shard.bytes}; copy it again"
-    return None
+def size_problems(folder: Place, shards: Iterable[Shard]) -> list[str]:
+    """A line for each shard that is missing or not of the size that the manifest states; a bucket is asked once."""
+    sizes, problems = sizes_in(folder), []
+    for shard in shards:
+        path, size = folder / shard.file, sizes.get(shard.file)
+        if size is None:
+            problems.append(f"{path}: this shard is missing; copy it again or prepare the data again")
+        elif size != shard.bytes:
+            problems.append(f"{path}: has {size} bytes, the manifest says {shard.bytes}; copy it again")
+    return problems
 
 
-def check_shard_sizes(folder: Path, shards: Sequence[Shard]) -> None:
+def check_shard_sizes(folder: Place, shards: Iterable[Shard]) -> None:
     """Compare the shards' sizes with the manifest, so that a missing or cut file is known before training starts.
 
     Raises:
         DataError: one line for each shard that is missing or of another size.
     """
-    problems = [problem for shard in shards if (problem := size_problem(folder, shard))]
-    if problems:
+    if problems := size_problems(folder, shards):
         raise DataError("\n".join(problems))

@@ -12,6 +12,7 @@ from PIL import Image
 
 from trainer.data import records
 from trainer.data.records import ImageSpec, Manifest
+from trainer.storage.places import Place, place
 
 SAMPLE_FOLDER = Path(__file__).parent.parent / "sample"
 SPLITS = {"train": 2, "val": 1, "test": 1}
@@ -69,10 +70,10 @@ def ensure_sample(folder: Path) -> Path:
 
 
 @contextmanager
-def prepared_folder(directory: str) -> Iterator[Path]:
-    """The prepared data set in `directory`, or, if that is empty, the sample in a temporary folder."""
+def prepared_folder(directory: str) -> Iterator[Place]:
+    """The prepared data set in `directory`, here or in a bucket, or, if that is empty, the sample in a temporary folder."""
     if directory:
-        yield Path(directory)
+        yield place(directory, "data.dir")
         return
     with tempfile.TemporaryDirectory() as temporary:
         yield ensure_sample(Path(temporary) / "data")

@@ -2,31 +2,29 @@
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-
-import google_crc32c
+from functools import partial
 
 from trainer.counter import counted
 from trainer.data import records
 from trainer.data.records import Manifest, Shard
 from trainer.data.split import Split
 from trainer.errors import DataError
+from trainer.storage.places import Place, checksum
 
-BLOCK = 1 << 22
 RECORDS_AT_ONCE = 512
 
 
-def verify(folder: Path, threads: int) -> tuple[Manifest, list[str]]:
+def verify(folder: Place, threads: int) -> tuple[Manifest, list[str]]:
     """Check sizes, checksums, records and pictures; return the manifest and a line for each thing that is wrong.
 
     Raises:
         DataError: there is no manifest to check against, or it is wrong itself.
+        TrainerError: the bucket is away, or refuses.
     """
     manifest = records.read_manifest(folder)
     problems: list[str] = []
     for name, shards in manifest.splits.items():
-        absent = [problem for shard in shards if (problem := records.size_problem(folder, shard))]
-        if absent:
+        if absent := records.size_problems(folder, shards):
             problems += absent
             continue
         changed = [problem for shard in shards if (problem := checksum_problem(folder, shard))]
@@ -36,20 +34,15 @@ def verify(folder: Path, threads: int) -> tuple[Manifest, list[str]]:
     return manifest, problems
 
 
-def checksum_problem(folder: Path, shard: Shard) -> str | None:
-    """A line if a shard's bytes are not those that the manifest was written for."""
+def checksum_problem(folder: Place, shard: Shard) -> str | None:
+    """A line if a shard's bytes are not those that the manifest was written for; of an object the service knows the checksum."""
     path = folder / shard.file
-    checksum = google_crc32c.Checksum()
-    with path.open("rb") as file:
-        while block := file.read(BLOCK):
-            checksum.update(block)
-    if checksum.digest().hex() != shard.crc32c:
-        return f"{path}: does not match the manifest's checksum; copy it again"
-    return None
+    return None if checksum(path) == shard.crc32c else f"{path}: does not match the manifest's checksum; copy it again"
 
 
 def record_problems(split: Split, threads: int) -> Iterator[DataError | None]:
     """Read and decode each record of a split, several at a time; one answer for each, in order."""
+    problem_of = partial(split.problem_of, reader=split.in_turn(range(split.examples)))
     with ThreadPoolExecutor(threads) as pool:
         for start in range(0, split.examples, RECORDS_AT_ONCE):
-            yield from pool.map(split.problem_of, range(start, min(start + RECORDS_AT_ONCE, split.examples)))
+            yield from pool.map(problem_of, range(start, min(start + RECORDS_AT_ONCE, split.examples)))

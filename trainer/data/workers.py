@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
+from multiprocessing.connection import Connection
 from typing import TypeVar
 
 from trainer.errors import TrainerError
 from trainer.startup import load_tensorflow
+from trainer.storage.service import Patience
 
 CHUNK = 32
 CHUNKS_AHEAD = 3
@@ -22,18 +24,19 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def _leave_with_the_parent() -> None:
-    """A parent that was killed cannot end its workers: they end themselves."""
+def _leave_with_the_parent(leash: Connection) -> None:
+    """A parent that was killed cannot end its workers, and one that gives up lets go of them: they end themselves."""
     parent = multiprocessing.parent_process()
     if parent is not None:
-        multiprocessing.connection.wait([parent.sentinel])
+        multiprocessing.connection.wait([parent.sentinel, leash])
         os._exit(1)
 
 
-def _start() -> None:
-    """Ctrl-C is the parent's to handle; each process decodes one picture at a time."""
+def _start(leash: Connection, patience: float) -> None:
+    """Ctrl-C is the parent's to handle; each process decodes one picture at a time, and has its own way to the bucket."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_leave_with_the_parent, daemon=True).start()
+    Patience.seconds = patience
+    threading.Thread(target=_leave_with_the_parent, args=(leash,), daemon=True).start()
     load_tensorflow()
     from trainer.data.convert import limit_threads
 
@@ -46,20 +49,26 @@ class Workers:
     def __init__(self, processes: int) -> None:
         self._processes = processes or len(os.sched_getaffinity(0))
         self._pool: ProcessPoolExecutor | None = None
+        self._leash, self._held = multiprocessing.Pipe(duplex=False)
 
     def _started(self) -> ProcessPoolExecutor:
         """The processes, started at the first work that is worth them: each loads TensorFlow."""
         if self._pool is None:
-            context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(self._processes, mp_context=context, initializer=_start)
+            context = multiprocessing.get_context("spawn")  # a forked one would inherit a client that threads are using
+            given = (self._leash, Patience.seconds)
+            self._pool = ProcessPoolExecutor(self._processes, mp_context=context, initializer=_start, initargs=given)
         return self._pool
 
     def __enter__(self) -> "Workers":
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if kind:
+            self._held.close()  # what they are doing is not wanted, and waiting for a bucket that is away may take minutes
         if self._pool:
             self._pool.shutdown(wait=True, cancel_futures=True)
+        self._held.close()
+        self._leash.close()
 
     def map(self, function: Callable[[Sequence[Item]], list[Result]], items: Sequence[Item]) -> Iterator[Result]:
         """Apply a function of a few items to all items; results come in order.

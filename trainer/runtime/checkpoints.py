@@ -1,89 +1,55 @@
-"""tf.train.Checkpoint <-> files. A checkpoint counts only once whole: its marker is written last and names every byte.
+"""tf.train.Checkpoint <-> files or objects. A checkpoint counts only once whole: its marker comes last and names every byte.
 
-checkpoints/step-00001000-1.index and .data-*    what tf.train.Checkpoint wrote; the last number tells tries apart
-checkpoints/step-00001000.json                   the marker: sizes and CRC-32C of those files
-checkpoints/best.json                            which step had the lowest validation L1
+checkpoints/step-00001000-1.index and .data-*    what tf.train.Checkpoint wrote; the last part tells tries apart
+checkpoints/step-00001000.json, best.json        here: the markers, and which step had the lowest validation L1
+checkpoints/checkpoints.json                     in a bucket: both, in one object
 """
 
-import json
 import logging
 import re
+import secrets
 import shutil
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import google_crc32c
 import tensorflow as tf
 
 from trainer.errors import TrainerError, UserError
 from trainer.runtime import files
+from trainer.runtime.lease import Lease
+from trainer.runtime.ledger import LIST_NAME, FolderLedger, Ledger, Marker, ObjectLedger
+from trainer.storage.bucket import BucketPath, State, checksum_of
+from trainer.storage.places import Place
 
 log = logging.getLogger(__name__)
-_BLOCK = 1 << 22
 NOT_OURS = (tf.errors.NotFoundError, tf.errors.InvalidArgumentError, tf.errors.DataLossError)
 
 
-@dataclass(frozen=True)
-class Marker:
-    """What is known of one checkpoint without opening it.
-
-    Attributes:
-        step: the steps that were done.
-        pending: true if what is due at this step (summaries, evaluation) had not been done yet.
-        prefix: the path that tf.train.Checkpoint reads, relative to the folder.
-        files: size in bytes and CRC-32C of each file, by name.
-    """
-
-    step: int
-    pending: bool
-    prefix: str
-    files: dict[str, tuple[int, str]]
-
-
-def _checksum(path: Path) -> str:
-    checksum = google_crc32c.Checksum()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            checksum.update(block)
-    return bytes(checksum.digest()).hex()
-
-
 class Checkpoints:
-    """The checkpoints of one run, in one folder."""
+    """The checkpoints of one run, in a folder of this machine."""
+
+    folder: Place
 
     def __init__(self, folder: Path, keep: int) -> None:
-        self.folder = folder
-        self._keep = keep
-
-    def _marker_path(self, step: int) -> Path:
-        return self.folder / f"step-{step:08d}.json"
+        self.folder: Place = folder
+        self._here, self._keep = folder, keep
+        self._ledger: Ledger = FolderLedger(folder)
 
     def markers(self) -> list[Marker]:
-        """All markers that can be read, oldest first; whether their files are whole is not looked at."""
-        found = [self._read_marker(path) for path in sorted(self.folder.glob("step-*.json"))]
-        return [marker for marker in found if marker is not None]
-
-    def _read_marker(self, path: Path) -> Marker | None:
-        try:
-            document = json.loads(path.read_text(encoding="utf-8"))
-            stated = {name: (int(size), str(crc)) for name, (size, crc) in document["files"].items()}
-            return Marker(int(document["step"]), bool(document["pending"]), str(document["prefix"]), stated)
-        except FileNotFoundError:  # a run that goes on meanwhile has removed it
-            return None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            log.warning("%s: not a checkpoint marker (%s); it is passed over", path, error)
-            return None
+        """All that are noted, oldest first; whether their files are whole is not looked at."""
+        return self._ledger.markers()
 
     def damage(self, marker: Marker) -> str | None:
         """What is wrong with a checkpoint's files, or None if each has the size and checksum that the marker states."""
         for name, (size, crc) in marker.files.items():
-            path = self.folder / name
+            path = self._here / name
             if not path.is_file():
                 return f"{name} is missing"
             if path.stat().st_size != size:
                 return f"{name} has {path.stat().st_size} bytes instead of {size}"
-            if _checksum(path) != crc:
+            if checksum_of(path) != crc:
                 return f"{name} does not match its checksum"
         return None
 
@@ -120,21 +86,30 @@ class Checkpoints:
             raise TrainerError(f"{self.folder}: the checkpoint of step {step} could not be saved: {reason}") from error
         self.clean()
 
+    def _no_longer_kept(self, markers: list[Marker]) -> list[int]:
+        """The steps whose checkpoints go: all but the newest and the best."""
+        kept = {marker.step for marker in markers[-self._keep :]} | {self.best_step()}
+        return [marker.step for marker in markers if marker.step not in kept]
+
     def _write(self, state: tf.train.Checkpoint, step: int, pending: bool) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._here.mkdir(parents=True, exist_ok=True)
         prefix = self._unused_prefix(step)
-        state.write(str(self.folder / prefix))
-        written = sorted(self.folder.glob(f"{prefix}.*"))
+        state.write(str(self._here / prefix))
+        written = sorted(self._here.glob(f"{prefix}.*"))
         for path in written:
             files.sync(path)
-        stated = {path.name: (path.stat().st_size, _checksum(path)) for path in written}
-        marker = Marker(step, pending, prefix, stated)
-        files.write_text(self._marker_path(step), json.dumps(marker.__dict__, indent=1) + "\n")
+        stated = {path.name: (path.stat().st_size, checksum_of(path)) for path in written}
+        self._ledger.change(Marker(step, pending, prefix, stated), ())
 
     def _unused_prefix(self, step: int) -> str:
         stem = f"step-{step:08d}"
-        used = [int(match[1]) for path in self.folder.glob(f"{stem}-*") if (match := re.match(rf"{stem}-(\d+)", path.name))]
+        used = [int(match[1]) for path in self._here.glob(f"{stem}-*") if (match := re.match(rf"{stem}-(\d+)", path.name))]
         return f"{stem}-{max(used, default=0) + 1}"
+
+    @contextmanager
+    def reading(self, marker: Marker) -> Iterator[str]:
+        """The prefix that tf.train.Checkpoint reads a checkpoint by."""
+        yield str(self._here / marker.prefix)
 
     def restore(self, state: tf.train.Checkpoint, marker: Marker) -> None:
         """Load a checkpoint into the state; every variable must be in it, and nothing else.
@@ -143,7 +118,8 @@ class Checkpoints:
             UserError: the checkpoint is of other networks.
         """
         try:
-            state.read(str(self.folder / marker.prefix)).assert_consumed()
+            with self.reading(marker) as prefix:
+                state.read(prefix).assert_consumed()
         except (AssertionError, ValueError, *NOT_OURS) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"{self.folder / marker.prefix}: is not a checkpoint of these networks: {reason}") from error
@@ -167,46 +143,120 @@ class Checkpoints:
         return newest
 
     def forget_after(self, step: int) -> None:
-        """Remove the markers of later steps, which were found damaged; `clean` then removes their files."""
-        for marker in self.markers():
-            if marker.step > step:
-                self._marker_path(marker.step).unlink()
+        """Drop the markers of later steps, which were found damaged; `clean` then removes their files."""
+        later = [marker.step for marker in self.markers() if marker.step > step]
+        if later:
+            self._ledger.change(None, later)
 
     def clean(self) -> None:
         """Keep the newest and the best; remove older ones, and the files of saves that never finished."""
-        markers = self.markers()
-        kept = {marker.step for marker in markers[-self._keep :]} | {self.best_step()}
-        for marker in markers:
-            if marker.step not in kept:
-                self._marker_path(marker.step).unlink()
-        named = {name for marker in markers if marker.step in kept for name in marker.files}
-        for path in self.folder.glob("step-*-*"):
+        dropped = self._no_longer_kept(self.markers())
+        if dropped:
+            self._ledger.change(None, dropped)
+        named = {name for marker in self.markers() for name in marker.files}
+        for path in self._here.glob("step-*-*"):
             if path.is_dir():
                 shutil.rmtree(path)
             elif path.name not in named:
                 path.unlink()
 
     def best_step(self) -> int | None:
-        """The step that best.json names; None without one."""
-        path = self.folder / "best.json"
-        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        return document.get("step")
+        """The step with the lowest validation L1; None without one."""
+        return self._ledger.best_step()
 
     def mark_best(self, step: int | None, l1: float | None) -> None:
         """Note which step is the best so far; None takes the note away."""
-        path = self.folder / "best.json"
-        if step is None:
-            path.unlink(missing_ok=True)
-        else:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            files.write_text(path, json.dumps({"step": step, "val_l1": l1}) + "\n")
+        self._ledger.mark_best(step, l1)
 
 
-class NonChiefCheckpoints(Checkpoints):
-    """The checkpoints as workers other than the chief hold them: they restore, and leave the rest to the chief."""
+class BucketCheckpoints(Checkpoints):
+    """The checkpoints of one run, in a bucket: made in TMPDIR, uploaded, and listed last.
+
+    A save of a small checkpoint is five requests: two uploads, the list, and two removals of what is no longer kept. A large file
+    is uploaded in parts of 32 MiB, and each part is a request more.
+    """
+
+    def __init__(self, folder: BucketPath, keep: int, lease: Lease | None = None) -> None:
+        """Read the list; with a lease, take it over from whoever wrote it before, and remove what no list names."""
+        self.folder: Place = folder
+        self._there, self._keep = folder, keep
+        self._try = lease.token[:6] if lease else ""
+        self._ledger: Ledger = ObjectLedger(folder, lease)
+        if lease:
+            self._sweep()
+
+    def _sweep(self) -> None:
+        """Remove what saves that never finished have left."""
+        named = {name for marker in self.markers() for name in marker.files}
+        for name in self._there.listing():
+            if name not in named and name != LIST_NAME and "/" not in name:
+                (self._there / name).unlink(missing_ok=True)
+
+    def damage(self, marker: Marker) -> str | None:
+        """What is wrong with a checkpoint's objects, by the sizes and checksums that the service reports: one request."""
+        there: dict[str, State] = self._there.listing()
+        for name, (size, crc) in marker.files.items():
+            if name not in there:
+                return f"{name} is missing"
+            if there[name].size != size:
+                return f"{name} has {there[name].size} bytes instead of {size}"
+            if there[name].crc32c != crc:
+                return f"{name} does not match its checksum"
+        return None
+
+    def _write(self, state: tf.train.Checkpoint, step: int, pending: bool) -> None:
+        prefix = f"step-{step:08d}-{self._try}{secrets.token_hex(2)}"
+        with tempfile.TemporaryDirectory() as here:
+            state.write(str(Path(here) / prefix))
+            written = {path.name: self._upload(path) for path in sorted(Path(here).iterdir())}
+        marker = Marker(step, pending, prefix, {name: (sent.size, sent.crc32c) for name, sent in written.items()})
+        markers = sorted([*(old for old in self.markers() if old.step != step), marker], key=lambda one: one.step)
+        before = self.markers()
+        try:
+            self._ledger.change(marker, self._no_longer_kept(markers))
+        except TrainerError:
+            self._remove([marker])
+            raise
+        named = {one.prefix for one in self.markers()}
+        self._remove([one for one in before if one.prefix not in named])
+
+    def _upload(self, path: Path) -> State:
+        return (self._there / path.name).upload(path, generation=0)
+
+    def _remove(self, markers: list[Marker]) -> None:
+        """Remove the objects of checkpoints that no list names any more."""
+        for name in (name for marker in markers for name in marker.files):
+            (self._there / name).unlink(missing_ok=True)
+
+    @contextmanager
+    def reading(self, marker: Marker) -> Iterator[str]:
+        """Copies of the objects in TMPDIR, while they are read.
+
+        Raises:
+            UserError: a run that goes on meanwhile has removed them.
+        """
+        with tempfile.TemporaryDirectory() as here:
+            for name in marker.files:
+                try:
+                    (self._there / name).download(Path(here) / name)
+                except FileNotFoundError as error:
+                    raise UserError(f"{self._there / name}: was removed while it was read; run this again") from error
+            yield str(Path(here) / marker.prefix)
+
+    def clean(self) -> None:
+        """Drop what is no longer kept, and remove its objects."""
+        before = self.markers()
+        dropped = self._no_longer_kept(before)
+        if dropped:
+            self._ledger.change(None, dropped)
+            self._remove([marker for marker in before if marker.step in dropped])
+
+
+class _WritesNothing:
+    """What workers other than the chief do where the chief writes: the state is the same on all."""
 
     def save(self, state: tf.train.Checkpoint, step: int, *, pending: bool = False) -> None:
-        """The chief saves: the state is the same on all."""
+        """The chief saves."""
 
     def forget_after(self, step: int) -> None:
         """The chief does it."""
@@ -216,3 +266,16 @@ class NonChiefCheckpoints(Checkpoints):
 
     def mark_best(self, step: int | None, l1: float | None) -> None:
         """The chief does it."""
+
+
+class NonChiefCheckpoints(_WritesNothing, Checkpoints):
+    """The checkpoints as workers other than the chief hold them: they restore, and leave the rest to the chief."""
+
+
+class NonChiefBucketCheckpoints(_WritesNothing, BucketCheckpoints):
+    """The same, in a bucket."""
+
+
+def checkpoints_in(folder: Place, keep: int) -> Checkpoints:
+    """The checkpoints of a folder, to be read."""
+    return Checkpoints(folder, keep) if isinstance(folder, Path) else BucketCheckpoints(folder, keep)

@@ -1,4 +1,4 @@
-"""Whole files or none: small helpers for everything that a run writes."""
+"""Whole files or none, here or in a bucket: small helpers for everything that a run writes."""
 
 import os
 import secrets
@@ -8,6 +8,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from trainer.storage.bucket import BucketPath
+from trainer.storage.places import Place
+from trainer.storage.transfer import replace_folder
 
 PROBE_MEBIBYTES = 64
 TEMPORARY = ".writing-"  # and not the file's own name: TensorBoard reads whatever has `tfevents` in it
@@ -28,8 +32,13 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_speed(folder: Path) -> float:
-    """MB/s (10^6 bytes) at which the disk below a folder, or below where it would be, takes a file; nothing is left there."""
+def write_speed(folder: Place) -> float:
+    """MB/s (10^6 bytes) at which the disk below a folder, or below where it would be, or the bucket takes a file of 64 MiB.
+
+    Nothing is left there.
+    """
+    if isinstance(folder, BucketPath):
+        return _upload_speed(folder)
     below = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
     block, began = os.urandom(1 << 20), time.perf_counter()
     with tempfile.TemporaryFile(dir=below) as file:
@@ -40,9 +49,29 @@ def write_speed(folder: Path) -> float:
     return PROBE_MEBIBYTES * len(block) / 1e6 / (time.perf_counter() - began)
 
 
+def _upload_speed(folder: BucketPath) -> float:
+    probe = folder / f"{TEMPORARY}{secrets.token_hex(6)}"
+    with tempfile.TemporaryDirectory() as here:
+        file = Path(here) / "probe"
+        file.write_bytes(os.urandom(PROBE_MEBIBYTES << 20))
+        began = time.perf_counter()
+        size = probe.upload(file).size
+        seconds = time.perf_counter() - began
+    probe.unlink(missing_ok=True)
+    return size / 1e6 / seconds
+
+
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`; on success it takes that name, synced; on failure it is removed."""
+def replacing(path: Place) -> Iterator[Path]:
+    """Give a temporary path; on success `path` holds what was written there, whole; on failure nothing has changed.
+
+    The temporary file lies beside `path`, and is synced; for a bucket it lies in TMPDIR, and is uploaded.
+    """
+    if isinstance(path, BucketPath):
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder) / path.name
+            path.upload(Path(folder) / path.name)
+        return
     temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(6)}")
     try:
         yield temporary
@@ -53,22 +82,33 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Place, text: str) -> None:
     """Write a text file whole or not at all."""
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_bytes(path, text.encode())
 
 
-def write_bytes(path: Path, content: bytes) -> None:
+def write_bytes(path: Place, content: bytes) -> None:
     """Write a file whole or not at all; its folder is made if it is missing."""
+    if isinstance(path, BucketPath):
+        path.write_bytes(content)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         temporary.write_bytes(content)
 
 
 @contextmanager
-def replacing_folder(path: Path) -> Iterator[Path]:
-    """Give a temporary folder beside `path`; on success it takes that name, in place of what was there."""
+def replacing_folder(path: Place, key_file: str = "") -> Iterator[Path]:
+    """Give a temporary folder; on success `path` is a folder of what was written there, in place of what was there.
+
+    Beside a local `path`, whose name it takes. For a bucket it lies in TMPDIR and its files are uploaded, all but those that are
+    there already; `key_file` names the one without which the others cannot be used: it goes first and comes last.
+    """
+    if isinstance(path, BucketPath):
+        with tempfile.TemporaryDirectory(prefix="trainer-") as folder:
+            yield Path(folder)
+            replace_folder(Path(folder), path, key_file)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}")
     try:

@@ -1,13 +1,13 @@
 """Pictures for people: PNG files with a line of text above."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from trainer.runtime import files
+from trainer.storage.places import Place
 
 HEADER = 22
 GAP = 4
@@ -19,7 +19,7 @@ def _as_rgb(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.repeat(image, 3, axis=-1) if image.shape[-1] == 1 else image[..., :3]
 
 
-def save_grid(path: Path, title: str, columns: Sequence[tuple[str, NDArray[np.uint8]]]) -> None:
+def save_grid(path: Place, title: str, columns: Sequence[tuple[str, NDArray[np.uint8]]]) -> None:
     """Write one row for each example and one column for each (name, images), images uint8 (examples, h, w, c)."""
     examples, height, width = columns[0][1].shape[:3]
     size = (len(columns) * (width + GAP) - GAP, 2 * HEADER + examples * (height + GAP) - GAP)
@@ -36,7 +36,7 @@ def save_grid(path: Path, title: str, columns: Sequence[tuple[str, NDArray[np.ui
         sheet.save(temporary, format="PNG")
 
 
-def save_sheet(path: Path, title: str, pictures: Sequence[tuple[str, NDArray[np.uint8]]], columns: int = 4) -> None:
+def save_sheet(path: Place, title: str, pictures: Sequence[tuple[str, NDArray[np.uint8]]], columns: int = 4) -> None:
     """Write a contact sheet of equally large (name, picture), pictures uint8 (h, w, 3), in rows."""
     height, width = pictures[0][1].shape[:2]
     rows = -(-len(pictures) // columns)

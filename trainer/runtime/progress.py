@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from tqdm import tqdm
 
 from trainer.runtime.logs import Where
+from trainer.runtime.meter import Fed
 
 LINE_EVERY_SECONDS = 10.0
 log = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ def _describe(losses: Mapping[str, float]) -> str:
 
 
 class Progress:
-    """Steps done, images/s, losses (L1 of 255) and time left."""
+    """Steps done, images/s, the wait for input and what is read, losses (L1 of 255) and time left."""
 
     def __init__(self, step: int, steps: int, batch_size: int) -> None:
         self._first, self._step, self._steps, self._batch = step, step, steps, batch_size
@@ -34,10 +35,10 @@ class Progress:
         layout = "{percentage:3.0f}% |{bar:24}| step {n_fmt}/{total_fmt}  {postfix}  left {remaining}"
         self._bar = tqdm(total=steps, initial=step, bar_format=layout, disable=not self._terminal, leave=True)
 
-    def update(self, step: int, images_per_second: float, losses: Mapping[str, float]) -> None:
+    def update(self, step: int, images_per_second: float, losses: Mapping[str, float], fed: Fed | None = None) -> None:
         """Show that `step` steps are done."""
         speed = f"{images_per_second:.1f} images/s  " if images_per_second else ""  # the first block compiles
-        text = speed + _describe(losses)
+        text = speed + (f"{fed}  " if fed and fed.seconds else "") + _describe(losses)
         self._bar.set_postfix_str(text, refresh=False)
         self._bar.update(step - self._step)
         self._step = Where.step = step

@@ -1,4 +1,8 @@
-"""A run's folder: config.yaml, metrics.jsonl, samples, the failure marker and the lock that keeps a second job out."""
+"""A run's folder: config.yaml, metrics.jsonl, samples, the failure marker and the lock that keeps a second job out.
+
+`open_folder` gives the one that fits: of this machine or in a bucket, and one that writes or, for workers other than the chief,
+one that does not.
+"""
 
 import fcntl
 import hashlib
@@ -6,6 +10,7 @@ import json
 import os
 import secrets
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -13,12 +18,19 @@ from typing import Any, TextIO
 
 import numpy as np
 import yaml
+from google.api_core.exceptions import PreconditionFailed
 from numpy.typing import NDArray
 
+from trainer.cluster import VertexFolders
 from trainer.config import Config, config_from_tree, differences, parse_yaml, to_tree
 from trainer.errors import ExitCode, TrainerError, UserError
 from trainer.runtime import files
+from trainer.runtime.checkpoints import BucketCheckpoints, Checkpoints, NonChiefBucketCheckpoints, NonChiefCheckpoints
+from trainer.runtime.lease import Lease, this_process
+from trainer.runtime.outbox import Outbox
 from trainer.runtime.pictures import save_grid
+from trainer.storage.bucket import BucketPath
+from trainer.storage.places import Place, place
 
 LOCK_SECONDS = 10.0
 DEAD_NODE_SECONDS = 100.0  # after which a network file system frees the lock of a node that died
@@ -38,26 +50,52 @@ class RecordedFailure(TrainerError):  # noqa: N818 - it is told again, not raise
 class RunFolder:
     """The paths and small files of one run."""
 
-    def __init__(self, path: Path) -> None:
+    path: Place
+    _lock_name = ".lock"
+
+    def __init__(self, path: Place, checkpoints: Place | None = None, summaries: Place | None = None) -> None:
+        """Checkpoints and summaries lie in it, unless a scheduler wants them elsewhere."""
         self.path = path
-        self.checkpoints = path / "checkpoints"
-        self.summaries = path / "summaries"
+        self.checkpoints = checkpoints or path / "checkpoints"
+        self.summaries = summaries or path / "summaries"
         self.samples = path / "samples"
         self.metrics_file = path / "metrics.jsonl"
-        self.sample_data = path / "data"
         self._config_file = path / "config.yaml"
         self._failure_file = path / "failure.json"
         self._data_file = path / "data.json"
 
-    def claim(self, seconds: float = LOCK_SECONDS) -> "RunFolder":
+    @property
+    def here(self) -> Path:
+        """The folder, of which it is known that it is one of this machine."""
+        assert isinstance(self.path, Path)
+        return self.path
+
+    @property
+    def sample_data(self) -> Path:
+        """Where the packaged sample's shards are made."""
+        return self.here / "data"
+
+    def check_claim(self) -> None:
+        """See whether the claim still holds; a file lock does as long as the process lives."""
+
+    def store(self, keep: int) -> Checkpoints:
+        """The run's checkpoints, for a process that has claimed it."""
+        assert isinstance(self.checkpoints, Path)
+        return Checkpoints(self.checkpoints, keep)
+
+    def claim(self, seconds: float = LOCK_SECONDS, job: str = "") -> "RunFolder":
         """Make the folder and keep every other process from training in it while this one lives; wait so long for one that does.
+
+        Args:
+            seconds: how long.
+            job: the scheduler's name for this job, of which a file lock has no need.
 
         Raises:
             UserError: it cannot be written, or another process is training in it.
         """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = self._take_lock(self.path / ".lock", seconds)
+            self.here.mkdir(parents=True, exist_ok=True)
+            self._lock = self._take_lock(self.here / ".lock", seconds)
             self._sweep()
         except OSError as error:
             raise UserError(f"{self.path}: cannot write there ({error.strerror}); choose another --model_dir") from error
@@ -65,8 +103,8 @@ class RunFolder:
 
     def _sweep(self) -> None:
         """Remove what a killed process left half-written."""
-        files.sweep(self.path)
-        for folder in self.path.glob(".making-*"):
+        files.sweep(self.here)
+        for folder in self.here.glob(".making-*"):
             shutil.rmtree(folder)
 
     def _take_lock(self, path: Path, seconds: float) -> TextIO:
@@ -90,7 +128,7 @@ class RunFolder:
 
     def is_claimed_with(self, token: str) -> bool:
         """Whether this folder is the one that another process claimed with that token: the same files, seen from here."""
-        path, deadline = self.path / ".lock", time.monotonic() + SEE_SECONDS
+        path, deadline = self.path / self._lock_name, time.monotonic() + SEE_SECONDS
         while not (path.is_file() and token in path.read_text(encoding="utf-8").split()):
             if time.monotonic() > deadline:
                 return False
@@ -146,17 +184,21 @@ class RunFolder:
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl that are whole; a kill can cut only the last one."""
-        if not self.metrics_file.is_file():
-            return []
-        lines = self.metrics_file.read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = self._metrics_text().splitlines(keepends=True)
         try:
             return [json.loads(line) for line in lines if line.endswith("\n")]
         except json.JSONDecodeError as error:
             raise UserError(f"{self.metrics_file}: has a line that is not JSON; mend or remove it") from error
 
+    def _metrics_text(self) -> str:
+        return self.metrics_file.read_text(encoding="utf-8") if self.metrics_file.is_file() else ""
+
+    def _write_metrics(self, text: str) -> None:
+        files.write_text(self.metrics_file, text)
+
     def add_metrics(self, entry: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl, synced to disk."""
-        with self.metrics_file.open("a", encoding="utf-8") as file:
+        with (self.here / self.metrics_file.name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -164,8 +206,8 @@ class RunFolder:
     def cut_after(self, step: int) -> None:
         """Remove metrics and samples of later steps, so that the run writes them once."""
         kept = [entry for entry in self.metrics() if entry["step"] <= step]
-        if self.metrics_file.is_file():
-            files.write_text(self.metrics_file, "".join(json.dumps(entry) + "\n" for entry in kept))
+        if self._metrics_text():
+            self._write_metrics("".join(json.dumps(entry) + "\n" for entry in kept))
         for path in self.samples.glob("step-*.png"):
             number = path.stem.removeprefix("step-")
             if number.isdigit() and int(number) > step:
@@ -195,12 +237,79 @@ class RunFolder:
         self._failure_file.unlink()
 
 
-class NonChiefFolder(RunFolder):
-    """The run's folder as workers other than the chief hold it: what they read is there, what they write goes nowhere."""
+class BucketFolder(RunFolder):
+    """A run's folder in a bucket: a lease in place of the lock, and metrics.jsonl written as a whole, if nobody else has."""
 
-    def claim(self, seconds: float = LOCK_SECONDS) -> "NonChiefFolder":
-        """The chief's claim counts for all."""
+    path: BucketPath
+    _lock_name = ".lease"
+
+    def __init__(self, path: BucketPath, checkpoints: Place | None = None, summaries: Place | None = None) -> None:
+        super().__init__(path, checkpoints, summaries)
+        self.path = path
+        self.lease: Lease | None = None
+        self._outbox = Outbox()
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        self._metrics: tuple[str, int] | None = None
+
+    @property
+    def sample_data(self) -> Path:
+        """A folder in TMPDIR: the sample is in the package, so no bucket needs to hold it."""
+        self._scratch = self._scratch or tempfile.TemporaryDirectory()
+        return Path(self._scratch.name) / "data"
+
+    def claim(self, seconds: float = 0.0, job: str = "") -> "BucketFolder":
+        """Take the lease, and metrics.jsonl from whoever wrote it before.
+
+        Raises:
+            UserError: another process is training in it.
+        """
+        self.lease = Lease(self.path / self._lock_name, this_process(job)).take()
+        self.token = self.lease.token
+        content, generation = self.metrics_object.read_versioned()
+        self._metrics = (content.decode(), generation)
+        self._write_metrics(content.decode())
         return self
+
+    def store(self, keep: int) -> Checkpoints:
+        """The run's checkpoints, taken over from whoever wrote them before."""
+        assert isinstance(self.checkpoints, BucketPath)
+        return BucketCheckpoints(self.checkpoints, keep, self.lease)
+
+    def check_claim(self) -> None:
+        """Raises: LostClaimError: another process has taken the run over."""
+        if self.lease:
+            self.lease.check()
+
+    @property
+    def metrics_object(self) -> BucketPath:
+        """metrics.jsonl."""
+        return self.path / self.metrics_file.name
+
+    def _metrics_text(self) -> str:
+        return self._metrics[0] if self._metrics else self.metrics_object.read_versioned()[0].decode()
+
+    def _write_metrics(self, text: str) -> None:
+        assert self.lease is not None
+        assert self._metrics is not None
+        try:
+            state = self.metrics_object.write_bytes(text.encode(), self._metrics[1])
+        except PreconditionFailed as error:
+            raise self.lease.lose(self.metrics_object) from error
+        self._metrics = (text, state.generation)
+
+    def add_metrics(self, entry: dict[str, Any]) -> None:
+        """Write metrics.jsonl with one more line."""
+        self._write_metrics(self._metrics_text() + json.dumps(entry) + "\n")
+
+    def save_sample(self, step: int, columns: Callable[[], Columns]) -> None:
+        """Draw the sample picture of a step, and send it; what cannot be sent now is sent with the next."""
+        with self._outbox.adding(self.samples / f"step-{step:07d}.png") as file:
+            save_grid(file, f"step {step}", columns())
+        self._outbox.send()
+
+
+class _WritesNothing:
+    """What workers other than the chief do where the chief writes: what they read is there, what they write goes nowhere."""
 
     def write_config(self, config: Config, notes: dict[str, str]) -> None:
         """The chief writes it."""
@@ -221,13 +330,69 @@ class NonChiefFolder(RunFolder):
     def save_sample(self, step: int, columns: Callable[[], Columns]) -> None:
         """The chief draws it."""
 
+
+class NonChiefFolder(_WritesNothing, RunFolder):
+    """The run's folder as workers other than the chief hold it."""
+
+    def claim(self, seconds: float = LOCK_SECONDS, job: str = "") -> "NonChiefFolder":
+        """The chief's claim counts for all."""
+        return self
+
+    def store(self, keep: int) -> Checkpoints:
+        """The run's checkpoints, of which this process writes none."""
+        assert isinstance(self.checkpoints, Path)
+        return NonChiefCheckpoints(self.checkpoints, keep)
+
     def record_failure(self, line: str, exit_code: ExitCode, fingerprint: str) -> None:
         """What all of them see, the chief records; a record that is damaged may have been seen by this worker alone."""
         if exit_code == ExitCode.USER:
             super().record_failure(line, exit_code, fingerprint)
 
 
-def fingerprint(config: Config, data: Path) -> str:
-    """A digest of the config and of the names, sizes and times of the data's files: what a user may have mended."""
-    state = sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in data.iterdir() if p.is_file())
+class NonChiefBucketFolder(_WritesNothing, BucketFolder):
+    """The same, in a bucket."""
+
+    def claim(self, seconds: float = 0.0, job: str = "") -> "NonChiefBucketFolder":
+        """The chief's claim counts for all."""
+        return self
+
+    def store(self, keep: int) -> Checkpoints:
+        """The run's checkpoints, of which this process writes none."""
+        assert isinstance(self.checkpoints, BucketPath)
+        return NonChiefBucketCheckpoints(self.checkpoints, keep)
+
+    def record_failure(self, line: str, exit_code: ExitCode, fingerprint: str) -> None:
+        """As `NonChiefFolder` does."""
+        if exit_code == ExitCode.USER:
+            super().record_failure(line, exit_code, fingerprint)
+
+
+def open_folder(path: Place, folders: VertexFolders, *, writes: bool = True) -> RunFolder:
+    """The run's folder, for a process that writes in it or only reads.
+
+    Raises:
+        UserError: a scheduler's folder is on the other side, here and not in the bucket, or the reverse.
+    """
+    checkpoints = place(folders.checkpoints, "AIP_CHECKPOINT_DIR") if folders.checkpoints else None
+    summaries = place(folders.summaries, "AIP_TENSORBOARD_LOG_DIR") if folders.summaries else None
+    for name, other in (("AIP_CHECKPOINT_DIR", checkpoints), ("AIP_TENSORBOARD_LOG_DIR", summaries)):
+        if other and isinstance(other, Path) != isinstance(path, Path):
+            raise UserError(f"{name}={other}: and --model_dir={path}: allowed: both in a bucket, or both here")
+    if isinstance(path, BucketPath):
+        return (BucketFolder if writes else NonChiefBucketFolder)(path, checkpoints, summaries)
+    return (RunFolder if writes else NonChiefFolder)(path, checkpoints, summaries)
+
+
+def fingerprint(config: Config, data: Place | None) -> str:
+    """A digest of the config and of the names, sizes and times of the data's files: what a user may have mended.
+
+    None stands for the packaged sample, in which there is nothing to mend.
+    """
+    state: list[tuple[str, int, int]]
+    if data is None:
+        state = []
+    elif isinstance(data, BucketPath):
+        state = sorted((name, found.size, found.generation) for name, found in data.listing().items())
+    else:
+        state = sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in data.iterdir() if p.is_file())
     return hashlib.sha256(json.dumps([to_tree(config), state]).encode()).hexdigest()

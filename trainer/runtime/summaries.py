@@ -1,14 +1,26 @@
-"""Scalars for TensorBoard, and the cut that takes back what was logged after the restored step."""
+"""Scalars for TensorBoard, and the cut that takes back what was logged after the restored step.
+
+An object cannot be appended to: each flush sends the whole event file again. So a bucket is sent to seldom, and a file that has
+grown is followed by a new one.
+"""
 
 import logging
+import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
 import tensorflow as tf
 
 from trainer.runtime import files
+from trainer.runtime.outbox import Outbox
+from trainer.storage.bucket import BucketPath
+from trainer.storage.places import Place
 
 log = logging.getLogger(__name__)
+SEND_SECONDS = 60.0
+ROTATE_BYTES = 4 << 20
+LAST_SEND_SECONDS = 60.0
 
 
 class Summaries:
@@ -29,11 +41,7 @@ class Summaries:
     def cut_after(self, step: int) -> None:
         """Drop every event after `step` from all event files, and the torn end that a kill may leave."""
         for path in sorted(self._folder.glob("*/events.out.tfevents.*")):
-            kept, whole = _events_until(path, step)
-            if not whole:
-                with files.replacing(path) as temporary, tf.io.TFRecordWriter(str(temporary)) as writer:
-                    for event in kept:
-                        writer.write(event)
+            _cut(path, step)
 
     def flush(self) -> None:
         """Hand everything written so far to the file system."""
@@ -46,6 +54,63 @@ class Summaries:
             writer.close()
 
 
+class BucketSummaries(Summaries):
+    """Event files in TMPDIR, copied to a bucket every minute and at each checkpoint; a copy that fails never stops training."""
+
+    def __init__(self, folder: BucketPath) -> None:
+        self._here = tempfile.TemporaryDirectory()
+        super().__init__(Path(self._here.name))
+        self._there, self._outbox = folder, Outbox()
+        self._sent, self._sizes = time.monotonic(), dict[Path, int]()
+
+    def scalars(self, kind: str, values: Mapping[str, float], step: int) -> None:
+        """Write scalars; send them if it is a minute since the last time."""
+        super().scalars(kind, values, step)
+        if time.monotonic() - self._sent > SEND_SECONDS:
+            self.flush()
+
+    def cut_after(self, step: int) -> None:
+        """Drop every event after `step` from the bucket's event files: those that hold one are written anew."""
+        with tempfile.TemporaryDirectory() as folder:
+            for name in sorted(self._there.listing()):
+                if ".tfevents." not in name:
+                    continue
+                there, copy = self._there / name, Path(folder) / name
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                there.download(copy)
+                if _cut(copy, step):
+                    there.upload(copy)
+
+    def flush(self) -> None:
+        """Send what has changed; begin new files where they have grown."""
+        super().flush()
+        self._post()
+        self._outbox.send()
+        self._sent = time.monotonic()
+
+    def _post(self) -> None:
+        for file in sorted(self._folder.glob("*/events.out.tfevents.*")):
+            size = file.stat().st_size
+            if size != self._sizes.get(file):
+                self._sizes[file] = size
+                self._outbox.add(self._there / file.relative_to(self._folder), file)
+            if size > ROTATE_BYTES and (writer := self._writers.pop(file.parent.name, None)):
+                writer.close()
+
+    def close(self) -> None:
+        """Close the files and send what is left."""
+        super().close()
+        self._post()
+        self._outbox.close(LAST_SEND_SECONDS)
+
+
+def open_summaries(folder: Place, *, writes: bool) -> Summaries:
+    """The summaries of a run, for a process that writes them or for one that does not."""
+    if not writes:
+        return NullSummaries(Path())
+    return Summaries(folder) if isinstance(folder, Path) else BucketSummaries(folder)
+
+
 class NullSummaries(Summaries):
     """What workers other than the chief hold: it writes nowhere."""
 
@@ -54,6 +119,16 @@ class NullSummaries(Summaries):
 
     def cut_after(self, step: int) -> None:
         """The chief does it."""
+
+
+def _cut(path: Path, step: int) -> bool:
+    """Write an event file anew without later events; whether that was needed."""
+    kept, whole = _events_until(path, step)
+    if not whole:
+        with files.replacing(path) as temporary, tf.io.TFRecordWriter(str(temporary)) as writer:
+            for event in kept:
+                writer.write(event)
+    return not whole
 
 
 def _events_until(path: Path, step: int) -> tuple[list[bytes], bool]:

@@ -11,7 +11,7 @@ import google_crc32c
 from google.api_core import exceptions
 from google.cloud.storage import Blob, Bucket
 
-from trainer.storage.service import TIMEOUT, Patience, ShortReplyError, again_for, client, patiently
+from trainer.storage.service import TIMEOUT, Patience, ShortReplyError, client, going_on_for, patiently
 
 SCHEME = "gs://"
 UPLOAD_CHUNK = 32 << 20  # bytes of one request of a large upload; a cut one is sent again from where it was cut
@@ -155,7 +155,7 @@ class BucketPath:
         """Copy the object to a file, its checksum compared; a cut download goes on where it was cut."""
 
         def copy() -> None:
-            self._blob().download_to_filename(str(to), timeout=TIMEOUT, retry=again_for(Patience.seconds), checksum="crc32c")
+            self._blob().download_to_filename(str(to), timeout=TIMEOUT, retry=going_on_for(Patience.seconds), checksum="crc32c")
 
         patiently(copy, str(self))
 
@@ -195,7 +195,7 @@ class BucketPath:
 
         def send() -> State:
             blob = self._blob(chunk_size=UPLOAD_CHUNK)
-            again = again_for(limit)
+            again = going_on_for(limit)
             condition = {"if_generation_match": generation, "timeout": TIMEOUT, "checksum": "crc32c", "retry": again}
             blob.upload_from_filename(str(file), content_type="application/octet-stream", **condition)
             return _state(blob)
@@ -226,6 +226,35 @@ class BucketPath:
         except FileNotFoundError:
             if not missing_ok:
                 raise
+
+    def unlink_if(self, generation: int) -> None:
+        """Remove the object if it is of this generation.
+
+        Raises:
+            exceptions.PreconditionFailed: it is of another.
+            FileNotFoundError: it is not there.
+        """
+
+        def remove() -> None:
+            self._blob().delete(if_generation_match=generation, timeout=TIMEOUT, retry=None)
+
+        patiently(remove, str(self))
+
+    def read_versioned(self) -> tuple[bytes, int]:
+        """The whole object and its generation; b"" and 0 if there is none."""
+
+        def read() -> tuple[bytes, int]:
+            found = self._bucket().get_blob(self.key, timeout=TIMEOUT, retry=None)
+            if found is None:
+                return b"", 0
+            condition = {"if_generation_match": found.generation, "timeout": TIMEOUT, "retry": None, "checksum": "crc32c"}
+            return found.download_as_bytes(**condition), int(found.generation)
+
+        while True:
+            try:
+                return patiently(read, str(self))
+            except (exceptions.PreconditionFailed, FileNotFoundError):  # written between the two requests
+                continue
 
     def mkdir(self, *, parents: bool = False, exist_ok: bool = False) -> None:
         """A bucket needs no folders."""

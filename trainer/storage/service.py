@@ -30,7 +30,11 @@ TIMEOUT = (CONNECT_SECONDS, STALL_SECONDS)
 FIRST_WAIT, LONGEST_WAIT = 0.2, 8.0
 SAY_AFTER_SECONDS = 5.0
 CONNECTIONS = 64
-_TEMPORARY_CODES = {408, 410, 429, 500, 502, 503, 504}  # 410: the session of an upload is lost; a new one is begun
+_TEMPORARY_CODES = {408, 429, 500, 502, 503, 504}
+_BEGIN_ANEW_CODES = {
+    410,
+    416,
+}  # the session of an upload is lost; the rest of a download that came whole but damaged is asked for
 _TEMPORARY = (
     requests.ConnectionError,
     requests.Timeout,
@@ -51,13 +55,22 @@ class Patience:
     seconds = 300.0
 
 
+def _code(error: BaseException) -> int | None:
+    """The HTTP status, inside the library's transfers too, where it has not been translated yet."""
+    if isinstance(error, InvalidResponse):
+        return int(error.response.status_code)
+    return error.code if isinstance(error, exceptions.GoogleAPICallError) else None
+
+
 def may_pass(error: BaseException) -> bool:
     """Whether another try may succeed: the service is busy or away, the line was cut, credentials are not there yet."""
-    if isinstance(error, exceptions.GoogleAPICallError):
-        return error.code in _TEMPORARY_CODES
-    if isinstance(error, InvalidResponse):  # inside an upload, where the library has not translated it yet
-        return error.response.status_code in _TEMPORARY_CODES
-    return isinstance(error, (*_TEMPORARY, ShortReplyError))
+    code = _code(error)
+    return code in _TEMPORARY_CODES | _BEGIN_ANEW_CODES if code else isinstance(error, (*_TEMPORARY, ShortReplyError))
+
+
+def may_go_on(error: BaseException) -> bool:
+    """Whether a transfer may go on where it was cut; where it may not, it may still begin anew."""
+    return may_pass(error) and _code(error) not in _BEGIN_ANEW_CODES and not isinstance(error, DataCorruption)
 
 
 _lock = threading.Lock()
@@ -90,7 +103,7 @@ def patiently(action: Callable[[], Result], what: str, seconds: float | None = N
     Args:
         action: one or more requests; doing them twice must be harmless.
         what: the gs:// address, for the lines.
-        seconds: for how long; by default what the config says.
+        seconds: for how long; by default what the config says. Who gives another number says himself what it came to.
 
     Raises:
         BucketAwayError: it did not pass in time.
@@ -99,8 +112,8 @@ def patiently(action: Callable[[], Result], what: str, seconds: float | None = N
         exceptions.PreconditionFailed: the object is not of the generation that was stated.
     """
     limit = Patience.seconds if seconds is None else seconds
-    complaint = _Complaint(what, limit)
-    retry = again_for(limit, complaint.note)
+    complaint = _Complaint(what, limit, silent=seconds is not None)
+    retry = Retry(may_pass, FIRST_WAIT, LONGEST_WAIT, 2.0, limit, on_error=complaint.note)
     try:
         result = retry(action)()
     except exceptions.RetryError as error:
@@ -116,23 +129,24 @@ def patiently(action: Callable[[], Result], what: str, seconds: float | None = N
     return result
 
 
-def again_for(seconds: float, note: Callable[[Exception], None] | None = None) -> Retry:
-    """The policy: what may pass is tried again after 0.2 s, 0.4 s and so on up to 8 s, each shortened at random."""
-    return Retry(may_pass, FIRST_WAIT, LONGEST_WAIT, 2.0, seconds, on_error=note)
+def going_on_for(seconds: float) -> Retry:
+    """The policy inside a transfer; waits as everywhere: 0.2 s, 0.4 s and so on up to 8 s, each shortened at random."""
+    return Retry(may_go_on, FIRST_WAIT, LONGEST_WAIT, 2.0, seconds)
 
 
 class _Complaint:
     """What is said while a request is tried again and again: once when it lasts, and once when it is over."""
 
-    def __init__(self, what: str, limit: float) -> None:
-        self._what, self._limit = what, limit
+    def __init__(self, what: str, limit: float, *, silent: bool) -> None:
+        self._what, self._limit, self._silent = what, limit, silent
         self._since: float | None = None
         self._spoke = False
 
     def note(self, error: Exception) -> None:
         self._since = self._since or time.monotonic()
-        at_once = isinstance(error, google.auth.exceptions.GoogleAuthError)
-        if not self._spoke and (at_once or time.monotonic() - self._since > min(SAY_AFTER_SECONDS, self._limit / 2)):
+        lasts = time.monotonic() - self._since > min(SAY_AFTER_SECONDS, self._limit / 2)
+        due = lasts or isinstance(error, google.auth.exceptions.GoogleAuthError)
+        if due and not self._spoke and not self._silent:
             self._spoke = True
             log.warning("%s: %s; trying again for up to %.0f s", self._what, reason(error), self._limit)
 
@@ -183,12 +197,12 @@ def refusal(error: exceptions.GoogleAPICallError, what: str) -> str:
         return f"{what}: {text} ({advice})"
     if error.code not in (401, 403):
         return f"{what}: the service answers {error.code}: {text}"
-    account = "" if "@" in text else f" to {_account()}"
+    whom = "" if "@" in text else f"refused to {_account()}: "
     permission = re.search(r"storage\.\w+\.\w+", text)
     role = (
         f"grant it {permission[0]}, which roles/storage.objectAdmin has" if permission else "grant it roles/storage.objectAdmin"
     )
-    return f"{what}: refused{account}: {text.rstrip('.')}; {role}"
+    return f"{what}: {whom}{text.rstrip('.')}; {role}"
 
 
 def _account() -> str:

@@ -8,11 +8,11 @@ import tensorflow as tf
 
 from trainer.config import Config
 from trainer.data.pipeline import PairData
-from trainer.runtime.checkpoints import Checkpoints, NonChiefCheckpoints
+from trainer.runtime.checkpoints import Checkpoints
 from trainer.runtime.meter import Meter
 from trainer.runtime.preemption import StopSignal
 from trainer.runtime.run_folder import RunFolder
-from trainer.runtime.summaries import NullSummaries, Summaries
+from trainer.runtime.summaries import open_summaries
 from trainer.runtime.workers import Watchdog, Workers
 from trainer.train.evaluate import Evaluator
 from trainer.train.state import TrainState
@@ -64,8 +64,8 @@ class Run:
         self.strategy, self.workers, self.stop, self.watchdog = strategy, workers, stop, watchdog
         self.meter = Meter(config.train.batch_size)
         writes = workers.index == 0
-        self.checkpoints = (Checkpoints if writes else NonChiefCheckpoints)(folder.checkpoints, config.train.keep)
-        self.summaries = (Summaries if writes else NullSummaries)(folder.summaries)
+        self.checkpoints: Checkpoints = folder.store(config.train.keep)
+        self.summaries = open_summaries(folder.summaries, writes=writes)
         self.evaluator = Evaluator(state.drawer, data, config, strategy, workers)
         self.saved_step: int | None = None
         self.saved_pending = False
@@ -93,6 +93,7 @@ class Run:
         Raises:
             InterruptedEvaluation: a stop was asked for; nothing has been done for this step.
         """
+        self.folder.check_claim()
         for action in due(self.actions(), step):
             action.call(step)
         wanted = step in (self._best_step, self.config.train.steps) or self.saved_step == step

@@ -18,12 +18,15 @@ from trainer.data.pipeline import PairData
 from trainer.data.sample import ensure_sample
 from trainer.errors import TrainerError, UserError
 from trainer.runtime import strategy as devices
-from trainer.runtime.checkpoints import Checkpoints, Marker
+from trainer.runtime.checkpoints import checkpoints_in
+from trainer.runtime.ledger import Marker
 from trainer.runtime.preemption import hold_signals
 from trainer.runtime.rendezvous import Message, Rendezvous
-from trainer.runtime.run_folder import DEAD_NODE_SECONDS, LOCK_SECONDS, SEE_SECONDS, NonChiefFolder, RunFolder, fingerprint
+from trainer.runtime.run_folder import DEAD_NODE_SECONDS, LOCK_SECONDS, SEE_SECONDS, RunFolder, fingerprint, open_folder
 from trainer.runtime.strategy import Choice, Devices
 from trainer.runtime.versions import run_notes, warn_of_changes
+from trainer.storage.bucket import BucketPath
+from trainer.storage.places import Place, place
 from trainer.train.block import check_replicas, fitting_batch_sizes
 
 log = logging.getLogger(__name__)
@@ -46,7 +49,7 @@ class Order:
     """
 
     config: Config
-    model_dir: Path
+    model_dir: Place
     wanted: str = "auto"
     cluster: Cluster = field(default_factory=Cluster)
     container: Container = field(default_factory=Container)
@@ -104,8 +107,7 @@ class Preparation:
 
     def __init__(self, order: Order, replicas: int, threads: int) -> None:
         self._order, self._replicas, self._threads = order, replicas, threads
-        kind = RunFolder if order.cluster.is_chief else NonChiefFolder
-        self.folder = kind(order.model_dir)
+        self.folder = open_folder(order.model_dir, order.cluster.folders, writes=order.cluster.is_chief)
         self.config = order.config
         self.data: PairData | None = None
         self.newest: Marker | None = None
@@ -135,7 +137,8 @@ class Preparation:
 
     def mark(self) -> str:
         """The fingerprint of what this worker trains, and on which files."""
-        return fingerprint(self.config, self._data().folder)
+        data = self._data()
+        return fingerprint(self.config, data.folder if self.config.data.dir else None)
 
     def _check_failure(self, marks_of_others: list[str]) -> None:
         self.folder.check_failure({self.mark(), *marks_of_others})
@@ -157,7 +160,7 @@ class Preparation:
         """Find out what can be known without writing anything."""
         self.config = self.adapted()
         if self.config.data.dir:
-            self.data = PairData(Path(self.config.data.dir), self.config).check_training()
+            self.data = PairData(place(self.config.data.dir, "data.dir"), self.config).check_training()
 
     def adapted(self) -> Config:
         """The config; the sample's own batch size becomes a multiple of the replicas, or what its run began with, if it can.
@@ -178,10 +181,10 @@ class Preparation:
 
     def as_chief(self) -> Message:
         """Claim the folder and choose the checkpoint; what all workers have to know."""
-        self.folder.claim(DEAD_NODE_SECONDS if self._order.cluster.size > 1 else LOCK_SECONDS)
+        self.folder.claim(DEAD_NODE_SECONDS if self._order.cluster.size > 1 else LOCK_SECONDS, self._order.container.job)
         self.folder.check_config(self.config)
         self._read_data(ensure_sample)
-        newest = self.newest = Checkpoints(self.folder.checkpoints, self.config.train.keep).newest_whole()
+        newest = self.newest = checkpoints_in(self.folder.checkpoints, self.config.train.keep).newest_whole()
         finished = newest is not None and is_finished(newest, self.folder, self._data(), self.config)
         if not finished:
             self._note_what_runs()
@@ -216,18 +219,18 @@ class Preparation:
         Raises:
             UserError: this worker has another folder of that name.
         """
-        place = f"--model_dir={self.folder.path}"
-        advice = "every worker must see the same folder: put it on a shared file system"
+        where = f"--model_dir={self.folder.path}"
+        advice = "every worker must see the same folder: put it on a shared file system, or in a bucket"
         if not self.folder.is_claimed_with(plan["token"]):
-            raise UserError(f"{place}: is not the chief's folder but one of this host; {advice}")
+            raise UserError(f"{where}: is not the chief's folder but one of this host; {advice}")
         if plan["prefix"] and not self._find(plan["prefix"]):
-            raise UserError(f"{place}: the chief goes on from {plan['prefix']}, which is not there; {advice}")
-        self._read_data(lambda folder: folder)
+            raise UserError(f"{where}: the chief goes on from {plan['prefix']}, which is not there; {advice}")
+        self._read_data(ensure_sample if isinstance(self.folder.path, BucketPath) else lambda folder: folder)
 
     def _find(self, prefix: str) -> Marker | None:
         """The chief's checkpoint, which a network file system may show late."""
-        checkpoints, deadline = Checkpoints(self.folder.checkpoints, self.config.train.keep), time.monotonic() + SEE_SECONDS
-        while not (marker := checkpoints.marker(prefix)) and time.monotonic() < deadline:
+        deadline = time.monotonic() + SEE_SECONDS
+        while not (marker := checkpoints_in(self.folder.checkpoints, 1).marker(prefix)) and time.monotonic() < deadline:
             time.sleep(0.2)
         self.newest = marker
         return marker

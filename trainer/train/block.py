@@ -59,6 +59,21 @@ def deal(strategy: tf.distribute.Strategy, data: PairData, config: Config, first
     return iter(strategy.distribute_datasets_from_function(of_worker))
 
 
+def fetch(batches: Batches, state: TrainState) -> Batch:
+    """The next batch; the time until it is there is added to `state.waited`. Runs inside the graph, on the host.
+
+    The loop begins a step when it has the last one's result on the host, so on a GPU too the first look at the clock is at
+    the end of a step and not of its enqueueing. The clock has no input of its own: control edges hold it in its place.
+    """
+    with tf.device("/cpu:0"):
+        began = tf.timestamp()
+    with tf.control_dependencies([began]):
+        batch = next(batches)
+    with tf.control_dependencies(tf.nest.flatten(batch, expand_composites=True)), tf.device("/cpu:0"):
+        state.waited.assign_add(tf.maximum(tf.timestamp() - began, 0.0))  # it is the time of day, which may be set back
+    return batch
+
+
 def make_block(
     strategy: tf.distribute.Strategy, state: TrainState, config: Config, stop: StopSignal, batches: Batches
 ) -> Callable[[tf.Tensor], None]:
@@ -71,8 +86,9 @@ def make_block(
         stopping = tf.constant(False)
         while (state.step < until) & state.healthy & ~stopping:
             tf.autograph.experimental.set_loop_options(parallel_iterations=1)
+            batch = fetch(batches, state)
             clock = read_clock(config, state.step)
-            of_replicas = strategy.run(step, (next(batches), clock, stop.flag.read_value()))
+            of_replicas = strategy.run(step, (batch, clock, stop.flag.read_value()))
             result = tf.nest.map_structure(lambda value: strategy.experimental_local_results(value)[0], of_replicas)
             state.record(result.losses, result.finite)
             stopping = result.stop

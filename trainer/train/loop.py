@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import tensorflow as tf
 
 from trainer.errors import DataError, DivergedError, StoppedError
-from trainer.runtime.checkpoints import Marker
+from trainer.runtime.ledger import Marker
 from trainer.runtime.preemption import StopSignal
 from trainer.runtime.progress import Progress
 from trainer.runtime.run_folder import RunFolder

@@ -11,8 +11,8 @@ from trainer.data.sample import prepared_folder
 from trainer.model.discriminators import patch_convolutions, receptive_field
 from trainer.runtime import files
 from trainer.runtime import strategy as devices
-from trainer.runtime.checkpoints import Checkpoints
-from trainer.runtime.run_folder import RunFolder
+from trainer.runtime.checkpoints import checkpoints_in
+from trainer.runtime.run_folder import RunFolder, open_folder
 from trainer.train.begin import Order, Preparation
 from trainer.train.state import build_networks
 
@@ -104,7 +104,7 @@ def describe_stop(order: Order, config: Config, data: PairData) -> str:
 
 def describe_run(folder: RunFolder, config: Config) -> str:
     """Where the run would go, and what is there already."""
-    markers = Checkpoints(folder.checkpoints, config.train.keep).markers()
+    markers = checkpoints_in(folder.checkpoints, config.train.keep).markers()
     state = f"a run is there at step {markers[-1].step:,}; it would go on" if markers else "no run is there yet"
     return f"  into {folder.path}: {state}"
 
@@ -136,4 +136,4 @@ def dry_run(order: Order) -> str:
     with prepared_folder(config.data.dir) as folder:
         data = PairData(folder, config).check_training()
         lines = [describe(config, data), shared, describe_stop(order, config, data)]
-        return "\n".join([*lines, describe_run(RunFolder(order.model_dir), config)])
+        return "\n".join([*lines, describe_run(open_folder(order.model_dir, order.cluster.folders, writes=False), config)])

@@ -39,6 +39,7 @@ class TrainState:
         step: int64 variable, the steps done.
         latest: float64 (3,) variable, the losses of the newest step, finite or not.
         healthy: bool variable, false once a loss or gradient was not finite.
+        waited: float64 variable, seconds that this worker's devices waited for input in this process; not saved.
     """
 
     def __init__(self, config: Config, specs: Specs, strategy: tf.distribute.Strategy | None = None) -> None:
@@ -51,6 +52,7 @@ class TrainState:
         self.average = Average(self.averaged, self.generator) if self.averaged else None
         self.step = self._counter(0, tf.int64)
         self.healthy = self._counter(True, tf.bool)
+        self.waited = self._counter(0.0, tf.float64)
         self.latest = self._counter([0.0] * len(LOSSES), tf.float64)
         self._sums = self._counter([0.0] * len(LOSSES), tf.float64)
         self._count = self._counter(0, tf.int64)

@@ -1,0 +1,188 @@
+"""The lease, the list of checkpoints and the metrics: who may write, who is fenced off."""
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import tensorflow as tf
+
+from tests.bucket.service import BucketService, Fault, forbidden, refuse
+from trainer.errors import BucketRefusedError, ExitCode, TrainerError, UserError
+from trainer.runtime import lease as module
+from trainer.runtime.checkpoints import BucketCheckpoints
+from trainer.runtime.lease import Lease, LostClaimError, Owner, release_all, this_process
+from trainer.runtime.run_folder import BucketFolder
+from trainer.storage.bucket import BucketPath, parse
+from trainer.storage.service import Patience
+
+ELSEWHERE = Owner("", "another-host/boot/pid:[1]", 1, "77")
+
+
+@pytest.fixture
+def folder(bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[BucketPath]:
+    monkeypatch.setattr(Patience, "seconds", 3.0)
+    monkeypatch.setattr(module, "BEAT_SECONDS", 0.2)
+    monkeypatch.setattr(module, "LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(module, "EXPIRES_SECONDS", 2.0)
+    yield parse(f"{bucket}/run")
+    release_all()
+
+
+def saved(checkpoints: BucketCheckpoints, *steps: int) -> tf.train.Checkpoint:
+    state = tf.train.Checkpoint(weights=tf.Variable([1.0, 2.0]))
+    for step in steps:
+        state.weights.assign([float(step), 0.5])
+        checkpoints.save(state, step)
+    return state
+
+
+def test_a_lease_is_renewed_and_given_back(folder: BucketPath) -> None:
+    lease = Lease(folder / ".lease", this_process("job-1")).take()
+    first = (folder / ".lease").state()
+    time.sleep(0.7)
+    now = (folder / ".lease").state()
+    assert first
+    assert now
+    assert now.generation > first.generation
+    assert json.loads((folder / ".lease").read_text())["owner"]["job"] == "job-1"
+    lease.release()
+    assert folder.listing() == {}
+
+
+def test_a_live_holder_is_named_to_the_second(folder: BucketPath) -> None:
+    Lease(folder / ".lease", replace(ELSEWHERE, job="night-run")).take()
+    began = time.monotonic()
+    with pytest.raises(UserError, match=r"gs://.*/run: job night-run, process 1 on another-host is training in it"):
+        Lease(folder / ".lease", this_process()).take()
+    assert time.monotonic() - began < 2, "its next sign of life is enough"
+
+
+def test_the_lease_of_a_dead_process_of_another_machine_expires_by_the_services_clock(folder: BucketPath) -> None:
+    (folder / ".lease").write_bytes(json.dumps({"owner": module.asdict(ELSEWHERE), "token": "x", "beat": 1}).encode())
+    began = time.monotonic()
+    Lease(folder / ".lease", this_process()).take()
+    assert 1.5 < time.monotonic() - began < 6
+
+
+def test_a_dead_process_of_this_machine_and_the_same_job_are_not_waited_for(folder: BucketPath) -> None:
+    me = this_process("job-1")
+    for holder in (replace(me, job="", started="1"), replace(ELSEWHERE, job="job-1")):
+        (folder / ".lease").write_bytes(json.dumps({"owner": module.asdict(holder), "token": "x", "beat": 1}).encode())
+        began = time.monotonic()
+        Lease(folder / ".lease", me).take().release()
+        assert time.monotonic() - began < 1
+
+
+def test_a_process_of_this_machine_that_lives_is_not_taken_over(folder: BucketPath) -> None:
+    Lease(folder / ".lease", this_process()).take()
+    with pytest.raises(UserError, match="is training in it"):
+        Lease(folder / ".lease", this_process()).take()
+
+
+def test_a_holder_learns_that_it_was_replaced(folder: BucketPath) -> None:
+    old = Lease(folder / ".lease", replace(ELSEWHERE, job="job")).take()
+    Lease(folder / ".lease", this_process("job")).take()
+    time.sleep(0.6)
+    with pytest.raises(LostClaimError, match="another process has taken this run over") as caught:
+        old.check()
+    assert caught.value.exit_code == ExitCode.UNEXPECTED
+
+
+def test_a_bucket_that_is_away_does_not_end_the_lease(folder: BucketPath, bucket_service: BucketService) -> None:
+    lease = Lease(folder / ".lease", this_process()).take()
+    bucket_service.away(True)
+    time.sleep(0.6)
+    lease.check()
+    bucket_service.away(False)
+    time.sleep(0.8)
+    lease.check()
+    lease.release()
+    assert folder.listing() == {}
+
+
+def test_a_writer_that_slept_cannot_move_the_list_of_its_successor(folder: BucketPath, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody tells it: its lease thread sleeps too. The list's generation alone keeps it out, and what it uploaded goes."""
+    monkeypatch.setattr(module, "BEAT_SECONDS", 1000.0)
+    old = Lease(folder / ".lease", replace(ELSEWHERE, job="job")).take()
+    sleeper = BucketCheckpoints(folder / "checkpoints", 2, old)
+    state = saved(sleeper, 10, 20)
+    successor = BucketCheckpoints(folder / "checkpoints", 2, Lease(folder / ".lease", this_process("job")).take())
+    before = (folder / "checkpoints").listing()
+    with pytest.raises(LostClaimError):
+        sleeper.save(state, 30)
+    with pytest.raises(LostClaimError):
+        sleeper.mark_best(10, 1.0)
+    assert (folder / "checkpoints").listing() == before
+    assert [marker.step for marker in successor.markers()] == [10, 20]
+
+
+def test_metrics_of_a_writer_that_slept_are_refused_even_before_the_first_line(
+    folder: BucketPath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "BEAT_SECONDS", 1000.0)
+    old = BucketFolder(folder).claim(job="job")
+    new = BucketFolder(folder).claim(job="job")
+    with pytest.raises(LostClaimError):
+        old.add_metrics({"step": 1, "split": "val"})
+    new.add_metrics({"step": 2, "split": "val"})
+    assert (folder / "metrics.jsonl").read_text() == '{"step": 2, "split": "val"}\n'
+    assert BucketFolder(folder).metrics() == [{"step": 2, "split": "val"}]
+
+
+def test_newest_and_best_are_kept_and_nothing_else_lies_there(folder: BucketPath) -> None:
+    checkpoints = BucketCheckpoints(folder / "checkpoints", 2, Lease(folder / ".lease", this_process()).take())
+    saved(checkpoints, 10, 20)
+    checkpoints.mark_best(20, 9.5)
+    state = saved(checkpoints, 30, 40, 40)
+    assert [marker.step for marker in checkpoints.markers()] == [20, 30, 40]
+    named = {name for marker in checkpoints.markers() for name in marker.files}
+    assert set((folder / "checkpoints").listing()) == named | {"checkpoints.json"}
+    reader = BucketCheckpoints(folder / "checkpoints", 2)
+    assert (reader.best_step(), reader.choose("best").step, reader.choose("newest").step) == (20, 20, 40)
+    state.weights.assign([0.0, 0.0])
+    reader.restore(state, reader.choose("best"))
+    assert state.weights.numpy().tolist() == [20.0, 0.5]
+
+
+def test_what_a_killed_save_left_is_swept_by_the_next_writer(folder: BucketPath) -> None:
+    first = Lease(folder / ".lease", this_process()).take()
+    saved(BucketCheckpoints(folder / "checkpoints", 2, first), 10)
+    (folder / "checkpoints" / "step-00000020-abc.data-00000-of-00001").write_bytes(b"half")
+    first.release()
+    assert BucketCheckpoints(folder / "checkpoints", 2).markers()[-1].step == 10
+    BucketCheckpoints(folder / "checkpoints", 2, Lease(folder / ".lease", this_process()).take())
+    assert not [name for name in (folder / "checkpoints").listing() if "20" in name]
+
+
+def test_a_refused_save_leaves_the_older_ones(folder: BucketPath, bucket_service: BucketService) -> None:
+    checkpoints = BucketCheckpoints(folder / "checkpoints", 2, Lease(folder / ".lease", this_process()).take())
+    state = saved(checkpoints, 10)
+    bucket_service.faults(refuse(forbidden(), "POST", r"\.data-"))
+    with pytest.raises(BucketRefusedError, match="storage.objects.create"):
+        checkpoints.save(state, 20)
+    bucket_service.faults()
+    assert BucketCheckpoints(folder / "checkpoints", 2).choose("newest").step == 10
+
+
+def test_a_save_whose_last_answer_was_lost_counts_once(folder: BucketPath, bucket_service: BucketService) -> None:
+    checkpoints = BucketCheckpoints(folder / "checkpoints", 2, Lease(folder / ".lease", this_process()).take())
+    bucket_service.faults(Fault("lost_reply", "POST", r"checkpoints\.json"))
+    state = saved(checkpoints, 10)
+    checkpoints.save(state, 20)
+    assert [marker.step for marker in BucketCheckpoints(folder / "checkpoints", 2).markers()] == [10, 20]
+
+
+def test_a_list_that_is_damaged_is_no_fresh_start(folder: BucketPath) -> None:
+    (folder / "checkpoints" / "checkpoints.json").write_bytes(b'{"checkpoints": [{"step"')
+    with pytest.raises(UserError, match="is no list of checkpoints"):
+        BucketCheckpoints(folder / "checkpoints", 2)
+
+
+def test_without_a_lease_nothing_is_written(folder: BucketPath) -> None:
+    reader = BucketCheckpoints(folder / "checkpoints", 2)
+    with pytest.raises(RuntimeError, match="without a lease"):
+        reader.mark_best(3, 1.0)
+    assert not isinstance(RuntimeError(), TrainerError)
+    assert folder.listing() == {}

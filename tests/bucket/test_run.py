@@ -1,0 +1,249 @@
+"""Training with data and model in a bucket: the same bits, one writer, nothing lost when the bucket or the process goes away."""
+
+import json
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.bucket.runs import arguments, assert_same, copy_down, copy_up, finish, listed, newest, run, wait_for_step, wait_until
+from tests.bucket.service import BucketService, forbidden, refuse
+from tests.conftest import run_trainer, start_trainer
+from trainer.storage.bucket import parse
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory, sample_folder: Path) -> Path:
+    """The run that all others must equal, with nothing in a bucket."""
+    folder = tmp_path_factory.mktemp("local") / "run"
+    done = run_trainer(*arguments(str(folder), str(sample_folder)))
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture
+def data(bucket: str, sample_folder: Path) -> str:
+    copy_up(sample_folder, f"{bucket}/data")
+    return f"{bucket}/data"
+
+
+def last_line(done: object) -> str:
+    return str(done.stderr).strip().splitlines()[-1]  # type: ignore[attr-defined]
+
+
+def test_data_and_model_in_a_bucket_give_the_bits_of_a_local_run(bucket: str, data: str, local: Path, tmp_path: Path) -> None:
+    done = run(*arguments(f"{bucket}/run", data))
+    assert done.returncode == 0, done.stderr
+    assert f"pictures    {bucket}/run/samples" in done.stdout
+    assert_same(f"{bucket}/run", local, tmp_path)
+    again = run(*arguments(f"{bucket}/run", data))
+    assert again.returncode == 0
+    assert "this run is finished" in again.stdout
+    left = {name.split("/")[0] for name in parse(f"{bucket}/run").listing()}
+    assert left == {"checkpoints", "config.yaml", "data.json", "metrics.jsonl", "samples", "summaries"}
+
+
+def test_a_save_takes_half_of_the_naive_49_requests_or_less(
+    bucket: str, sample_folder: Path, bucket_service: BucketService
+) -> None:
+    done = run(*arguments(f"{bucket}/run", str(sample_folder)))
+    assert done.returncode == 0, done.stderr
+    saves = 120 // 15
+    sent = [request for request in bucket_service.requests() if "checkpoints" in request.path]
+    assert len(sent) / saves <= 24
+    assert len(sent) / saves <= 7, "two uploads, the list, two removals, and what the start and the best one take"
+
+
+def test_killed_at_random_moments_it_goes_on_at_once_to_the_same_bits(bucket: str, data: str, local: Path, tmp_path: Path) -> None:
+    for after in (15, 60):
+        process = start_trainer(*arguments(f"{bucket}/run", data))
+        wait_for_step(process, f"{bucket}/run", after)
+        process.send_signal(signal.SIGKILL)
+        process.communicate(timeout=30)
+    began = time.monotonic()
+    done = run(*arguments(f"{bucket}/run", data))
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - began < 50, "the dead process was of this machine: nobody waits for its lease"
+    assert "going on from the checkpoint of step" in done.stderr
+    assert_same(f"{bucket}/run", local, tmp_path)
+
+
+def test_a_stop_saves_to_the_bucket_and_gives_the_lease_back(bucket: str, data: str, local: Path, tmp_path: Path) -> None:
+    process = start_trainer(*arguments(f"{bucket}/run", data))
+    wait_for_step(process, f"{bucket}/run", 30)
+    process.send_signal(signal.SIGTERM)
+    done = finish(process)
+    assert done.returncode == 143, done.stderr
+    assert ".lease" not in parse(f"{bucket}/run").listing()
+    saved = re.search(r"step (\d+) is saved in gs://", last_line(done))
+    marker = newest(f"{bucket}/run")
+    assert saved
+    assert marker
+    assert marker.step == int(saved[1])
+    assert run(*arguments(f"{bucket}/run", data)).returncode == 0
+    assert_same(f"{bucket}/run", local, tmp_path)
+
+
+def test_a_second_job_stops_and_names_the_first(bucket: str, data: str) -> None:
+    first = start_trainer(*arguments(f"{bucket}/run", data, "train.steps=100000"), TRAINER_JOB_UID="first-job")
+    wait_for_step(first, f"{bucket}/run", 15)
+    second = run(*arguments(f"{bucket}/run", data, "train.steps=100000"), TRAINER_JOB_UID="second-job")
+    assert second.returncode == 2
+    assert re.search(r"gs://.*/run: job first-job, process \d+ on \S+ is training in it; choose another --model_dir", last_line(second))
+    first.send_signal(signal.SIGTERM)
+    assert finish(first).returncode == 143
+
+
+def test_a_paused_writer_that_wakes_up_cannot_overwrite_its_successor(bucket: str, data: str, local: Path, tmp_path: Path) -> None:
+    """Both are tries of one job, as when a node is lost, the pod is made anew, and the node comes back."""
+    paused = start_trainer(*arguments(f"{bucket}/run", data), TRAINER_JOB_UID="the-job")
+    wait_for_step(paused, f"{bucket}/run", 30)
+    paused.send_signal(signal.SIGSTOP)
+    done = run(*arguments(f"{bucket}/run", data), TRAINER_JOB_UID="the-job")
+    assert done.returncode == 0, done.stderr
+    before = listed(f"{bucket}/run")
+    paused.send_signal(signal.SIGCONT)
+    woken = finish(paused)
+    assert woken.returncode == 1, woken.stderr
+    assert "another process has taken this run over" in last_line(woken)
+    assert listed(f"{bucket}/run") == before
+    assert_same(f"{bucket}/run", local, tmp_path)
+
+
+@pytest.mark.parametrize("share", [pytest.param(0.01, marks=pytest.mark.slow), 0.05, pytest.param(0.2, marks=pytest.mark.slow)])
+def test_random_faults_change_no_bit(
+    share: float, bucket: str, data: str, local: Path, tmp_path: Path, bucket_service: BucketService
+) -> None:
+    bucket_service.random_faults(share, seed=6)
+    done = run(*arguments(f"{bucket}/run", data))
+    hit = [request.fault for request in bucket_service.requests() if request.fault]
+    bucket_service.random_faults(0.0, seed=6)
+    assert done.returncode == 0, done.stderr
+    assert len(hit) > 50 * share
+    assert_same(f"{bucket}/run", local, tmp_path)
+
+
+@pytest.mark.parametrize("seconds", [4, pytest.param(60, marks=pytest.mark.slow)])
+def test_a_bucket_that_is_away_for_a_while_costs_nothing_but_time(
+    seconds: float, bucket: str, data: str, local: Path, tmp_path: Path, bucket_service: BucketService
+) -> None:
+    process = start_trainer(*arguments(f"{bucket}/run", data))
+    wait_for_step(process, f"{bucket}/run", 30)
+    bucket_service.away(True)
+    time.sleep(seconds)
+    assert process.poll() is None
+    bucket_service.away(False)
+    done = finish(process)
+    assert done.returncode == 0, done.stderr
+    assert_same(f"{bucket}/run", local, tmp_path)
+
+
+def test_a_bucket_that_stays_away_ends_the_run_with_75_and_leaves_the_last_checkpoint(
+    bucket: str, data: str, local: Path, tmp_path: Path, bucket_service: BucketService
+) -> None:
+    process = start_trainer(*arguments(f"{bucket}/run", data, "runtime.bucket_patience_seconds=5"))
+    wait_for_step(process, f"{bucket}/run", 30)
+    bucket_service.away(True)
+    began = time.monotonic()
+    done = finish(process)
+    assert done.returncode == 75, done.stderr
+    assert time.monotonic() - began < 45
+    assert re.search(r"gs://\S+: the connection fails \(tried for 5 s; run this again when the bucket answers\)", last_line(done))
+    bucket_service.away(False)
+    kept = newest(f"{bucket}/run")
+    assert kept
+    assert kept.step >= 30
+    done = run(*arguments(f"{bucket}/run", data))
+    assert f"going on from the checkpoint of step {kept.step}" in done.stderr
+    assert_same(f"{bucket}/run", local, tmp_path)
+
+
+def test_a_permission_that_is_withdrawn_in_the_middle_is_one_line_and_permanent(
+    bucket: str, data: str, bucket_service: BucketService
+) -> None:
+    process = start_trainer(*arguments(f"{bucket}/run", data))
+    wait_for_step(process, f"{bucket}/run", 30)
+    bucket_service.faults(refuse(forbidden("storage.objects.create"), "POST", "/upload/"))
+    done = finish(process)
+    assert done.returncode == 2, done.stderr
+    assert re.search(
+        r"trainer: gs://\S+: \S+@\S+ does not have storage\.objects\.create access.*; grant it storage\.objects\.create", last_line(done)
+    )
+
+
+def test_summaries_that_cannot_be_written_never_stop_training(
+    bucket: str, data: str, local: Path, bucket_service: BucketService, tmp_path: Path
+) -> None:
+    bucket_service.faults(refuse(forbidden("storage.objects.create"), "POST", "tfevents", times=4))
+    done = run(*arguments(f"{bucket}/run", data))
+    assert done.returncode == 0, done.stderr
+    assert "training goes on; waiting to be sent" in done.stderr
+    assert_same(f"{bucket}/run", local, tmp_path)
+
+
+def test_vertex_folders_hold_checkpoints_summaries_and_the_model(bucket: str, data: str, tmp_path: Path) -> None:
+    given = [argument for argument in arguments("", data) if not argument.startswith("--model_dir")]
+    folders = {
+        "AIP_MODEL_DIR": f"{bucket}/job/model/",
+        "AIP_CHECKPOINT_DIR": f"{bucket}/job/checkpoints/",
+        "AIP_TENSORBOARD_LOG_DIR": f"{bucket}/job/logs/",
+    }
+    done = run(*given, **folders)
+    assert done.returncode == 0, done.stderr
+    names = set(parse(f"{bucket}/job").listing())
+    assert {"config.yaml", "metrics.jsonl", "checkpoints/checkpoints.json", "model/saved_model.pb"} <= names
+    assert any(name.startswith("logs/train/events") for name in names)
+    assert "summaries" not in {name.split("/")[0] for name in names}
+    measured = run("evaluate", f"--model_dir={bucket}/job", "--split=val", **folders)
+    assert measured.returncode == 0, measured.stderr
+    lines = [json.loads(line) for line in parse(f"{bucket}/job/metrics.jsonl").read_text().splitlines()]
+    last = next(line["l1"] for line in reversed(lines) if line["split"] == "val")
+    assert f"val L1 {last:.1f} of 255" in measured.stdout
+
+
+def test_a_damaged_newest_checkpoint_falls_back_and_says_so(bucket: str, data: str, local: Path, tmp_path: Path) -> None:
+    process = start_trainer(*arguments(f"{bucket}/run", data))
+    wait_for_step(process, f"{bucket}/run", 60)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=30)
+    marker = newest(f"{bucket}/run")
+    assert marker
+    shard = next(name for name in marker.files if ".data-" in name)
+    (parse(f"{bucket}/run/checkpoints") / shard).write_bytes(b"not what was there")
+    done = run(*arguments(f"{bucket}/run", data))
+    assert done.returncode == 0, done.stderr
+    assert f"checkpoint of step {marker.step} is damaged ({shard} has 18 bytes" in done.stderr
+    assert_same(f"{bucket}/run", local, tmp_path)
+
+
+@pytest.mark.slow
+def test_killed_at_20_moments_of_an_upload_a_whole_checkpoint_is_always_found(
+    bucket: str, data: str, local: Path, tmp_path: Path, bucket_service: BucketService
+) -> None:
+    """Uploads are slowed down so that a kill falls into one; what is listed must be whole by size and checksum."""
+    reached, killed_in_upload = 0, 0
+    for moment in range(20):
+        process = start_trainer(*arguments(f"{bucket}/run", data, "train.checkpoint_every=5", "train.steps=100000"))
+        bucket_service.throttle(0.01, 1_500_000)
+        before = len(bucket_service.requests())
+
+        def uploads(since: int = before) -> bool:
+            return any("upload" in request.path and "step-" in request.path for request in bucket_service.requests()[since:])
+
+        wait_until(uploads, process)
+        time.sleep(0.03 * moment)
+        process.send_signal(signal.SIGKILL)
+        process.communicate(timeout=30)
+        bucket_service.throttle(0, 0)
+        marker = newest(f"{bucket}/run")
+        there = parse(f"{bucket}/run/checkpoints").listing()
+        named = marker.files if marker else {}
+        assert {name: (there[name].size, there[name].crc32c) for name in named} == named
+        killed_in_upload += len([name for name in there if name.startswith("step-") and name not in str(listed(f"{bucket}/run"))])
+        step = marker.step if marker else 0
+        assert step >= reached
+        reached = step
+    assert killed_in_upload > 3
+    copy_down(f"{bucket}/run", tmp_path)

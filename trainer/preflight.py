@@ -1,0 +1,55 @@
+"""Whether the places that a run needs can be read and written, before TensorFlow is loaded or a device is touched.
+
+Only buckets are looked at: of a folder of this machine the run itself finds out as fast.
+"""
+
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from trainer.data import records
+from trainer.storage.bucket import BucketPath
+from trainer.storage.places import Place
+from trainer.storage.service import Patience
+
+PATIENCE_SECONDS = 60.0
+PROBE = ".preflight-"
+
+
+def preflight(data: Place | None, places: list[Place]) -> None:
+    """List the data and read one record; list, write and clean the places that the run writes to.
+
+    What may pass by itself (credentials that are not there yet, a service that is busy) is tried for 60 s.
+
+    Raises:
+        BucketRefusedError: a bucket is not there, or a permission is missing.
+        BucketAwayError: it did not answer in that time.
+        DataError: there is no data set, or its first record is damaged.
+    """
+    with _patience(PATIENCE_SECONDS):
+        if isinstance(data, BucketPath):
+            manifest = records.read_manifest(data)
+            for shards in manifest.splits.values():
+                records.check_shard_sizes(data, shards)
+            records.read_one(data, manifest)
+        for folder in places:
+            if isinstance(folder, BucketPath):
+                probe(folder)
+
+
+def probe(folder: BucketPath) -> None:
+    """List a folder, and write and remove an object in it."""
+    folder.is_dir()
+    file = folder / f"{PROBE}{secrets.token_hex(6)}"
+    file.write_bytes(b"written by trainer to see whether it may; it can be removed")
+    file.unlink(missing_ok=True)
+
+
+@contextmanager
+def _patience(seconds: float) -> Iterator[None]:
+    usual = Patience.seconds
+    Patience.seconds = min(usual, seconds)
+    try:
+        yield
+    finally:
+        Patience.seconds = usual
