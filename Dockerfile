@@ -57,7 +57,7 @@ COPY --from=package /opt/package /opt/trainer/lib/python3.11/site-packages
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     PATH=/opt/trainer/lib/python3.11/site-packages/nvidia/cuda_nvcc/bin:$PATH \
     XLA_FLAGS=--xla_gpu_cuda_data_dir=/opt/trainer/lib/python3.11/site-packages/nvidia/cuda_nvcc
-ARG VERSION=0 REVISION=unknown
+ARG VERSION=0 REVISION=
 ENV TRAINER_REVISION=$REVISION
 LABEL org.opencontainers.image.description="Distributed training of paired image-to-image translation, for NVIDIA GPUs" \
       org.opencontainers.image.version=$VERSION \
@@ -66,7 +66,7 @@ LABEL org.opencontainers.image.description="Distributed training of paired image
 FROM runtime AS tpu
 COPY --from=dependencies-tpu /opt/trainer /opt/trainer
 COPY --from=package /opt/package /opt/trainer/lib/python3.11/site-packages
-ARG VERSION=0 REVISION=unknown
+ARG VERSION=0 REVISION=
 ENV TRAINER_REVISION=$REVISION
 LABEL org.opencontainers.image.description="Distributed training of paired image-to-image translation, for the TPUs of one host" \
       org.opencontainers.image.version=$VERSION \
@@ -76,7 +76,7 @@ LABEL org.opencontainers.image.description="Distributed training of paired image
 FROM runtime AS cpu
 COPY --from=dependencies-cpu /opt/trainer /opt/trainer
 COPY --from=package /opt/package /opt/trainer/lib/python3.11/site-packages
-ARG VERSION=0 REVISION=unknown
+ARG VERSION=0 REVISION=
 ENV TRAINER_REVISION=$REVISION
 LABEL org.opencontainers.image.description="Distributed training of paired image-to-image translation, for CPUs" \
       org.opencontainers.image.version=$VERSION \

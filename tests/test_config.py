@@ -102,7 +102,8 @@ def test_tree_round_trips_through_yaml() -> None:
 def test_only_paths_steps_intervals_and_machine_may_change() -> None:
     changeable = {key for key, _ in leaves(Config()) if field_info(key).json_schema_extra}
     assert changeable == {
-        "data.dir", "data.cache", "data.readers", "data.read_ahead_mb", "train.steps", "train.steps_per_loop", "train.checkpoint_every", "train.summary_every",
+        "data.dir", "data.cache", "data.readers", "data.read_ahead_mb",
+        "train.steps", "train.steps_per_loop", "train.checkpoint_every", "train.summary_every",
         "train.sample_every", "train.evaluate_every", "train.keep", "train.microbatches",
         *(f"runtime.{name}" for name in RuntimeConfig.model_fields),
     }  # fmt: skip

@@ -8,7 +8,6 @@ from numpy.typing import NDArray
 
 from trainer.data.pairs import from_unit_range
 from trainer.data.pipeline import PairData
-from trainer.data.split import Split
 from trainer.data.verify import verify
 from trainer.errors import DataError
 from trainer.runtime.pictures import save_sheet

@@ -156,13 +156,21 @@ def export(run: TrainedRun, output: Place, formats: list[str]) -> str:
     own_folder(output)
     lines = []
     if "saved_model" in formats:
-        with replacing_folder(output / "saved_model", key_file="saved_model.pb") as folder:
-            served = Served(run)
-            tf.saved_model.save(served, str(folder), signatures=served.signatures())
-        lines.append(f"SavedModel  {output / 'saved_model'}")
+        lines.append(export_for_serving(run, output / "saved_model"))
     if "keras" in formats:
         with replacing_folder(output / "keras") as folder:
             stock_model(run).save(folder / "generator.keras")
         lines.append(f"Keras       {output / 'keras' / 'generator.keras'}")
     write_bytes(output / "README.md", model_card(run.config, run.about, run.marker, run.folder).encode())
     return "\n".join([*lines, f"model card  {output / 'README.md'}"])
+
+
+def export_for_serving(run: TrainedRun, folder: Place) -> str:
+    """Write the SavedModel, and nothing beside it, into a folder that holds nothing else; return where it is.
+
+    At no moment is there a part of it that can be loaded, in a bucket either: saved_model.pb goes first and comes last.
+    """
+    with replacing_folder(folder, key_file="saved_model.pb") as written:
+        served = Served(run)
+        tf.saved_model.save(served, str(written), signatures=served.signatures())
+    return f"SavedModel  {folder}"

@@ -146,7 +146,8 @@ def _globbed_in_bucket(pattern: BucketPath) -> list[Job]:
     depth = next((place for place, part in enumerate(parts) if glob.has_magic(part)), len(parts))
     root = BucketPath(pattern.bucket, "/".join(parts[:depth]))
     names = sorted(root.listing()) if depth < len(parts) else []
-    return [Job(below(root, name), PurePath(name)) for name in names if _fits(name.split("/"), parts[depth:])]
+    found = [below(root, name) for name in names if _fits(name.split("/"), parts[depth:])]
+    return [Job(path, relative(path, root)) for path in found]
 
 
 def _fits(parts: Sequence[str], pattern: Sequence[str]) -> bool:

@@ -1,14 +1,20 @@
 """The time that devices wait for input, against sleeps of known length on both sides of the queue between them."""
 
+import os
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from tests.conftest import small_config
+from tests.conftest import SMALL, small_config
+from tests.workers import free_ports, tf_config
+from trainer.config import Config
 from trainer.data.pipeline import PairData
 from trainer.runtime.preemption import StopSignal
 from trainer.train import block
@@ -16,10 +22,12 @@ from trainer.train.state import LOSSES, TrainState
 from trainer.train.step import StepResult
 
 STEPS = 30
+# Networks that take some 50 ms for a step: what it takes to hand a ready batch over, about 1 ms on a busy machine, is little.
+HEAVY = ("train.batch_size=8", "model.generator.filters=16", "model.discriminator.filters=16")
 
 
-def sleeping(dataset: tf.data.Dataset, seconds: float) -> tf.data.Dataset:
-    """The same elements, each so much later than the one before."""
+def sleeping(dataset: tf.data.Dataset, seconds: float, queue: int) -> tf.data.Dataset:
+    """The same elements, each so much later than the one before, made while up to `queue` of them wait."""
 
     def sleep(_: Any) -> np.int64:
         time.sleep(seconds)
@@ -29,7 +37,10 @@ def sleeping(dataset: tf.data.Dataset, seconds: float) -> tf.data.Dataset:
         with tf.control_dependencies([tf.numpy_function(sleep, [element["index"]], tf.int64)]):
             return tf.nest.map_structure(tf.identity, element)
 
-    return dataset.map(late)
+    options = tf.data.Options()
+    options.experimental_optimization.inject_prefetch = False
+    slow = dataset.map(late).with_options(options)
+    return slow.prefetch(queue) if queue else slow
 
 
 def sleeping_step(seconds: float) -> Callable[..., StepResult]:
@@ -39,19 +50,17 @@ def sleeping_step(seconds: float) -> Callable[..., StepResult]:
         time.sleep(seconds)
         return np.float32(1.0)
 
-    def step(state: TrainState, config: object, batch: dict[str, tf.Tensor], clock: object, stop: tf.Tensor) -> StepResult:
+    def step(state: TrainState, config: Config, batch: dict[str, tf.Tensor], clock: object, stop: tf.Tensor) -> StepResult:
         loss = tf.ensure_shape(tf.numpy_function(sleep, [batch["index"]], tf.float32), [])
         return StepResult(dict.fromkeys(LOSSES, loss), loss > 0, stop)
 
     return step
 
 
-def wait_share(data: PairData, batches: tf.data.Dataset) -> tuple[float, float]:
+def wait_share(config: Config, data: PairData, batches: tf.data.Dataset) -> tuple[float, float]:
     """The measured share of a block of steps, after a first block that is not looked at; and the block's seconds."""
-    config = small_config("train.batch_size=2", "train.steps=100")
     state, strategy = TrainState(config, data.specs), tf.distribute.OneDeviceStrategy("/cpu:0")
-    iterator = iter(batches)
-    run = block.make_block(strategy, state, config, StopSignal(), iterator)
+    run = block.make_block(strategy, state, config, StopSignal(), iter(block.stamped(batches)))
     run(tf.constant(3, tf.int64))
     before, began = float(state.waited.numpy()), time.perf_counter()
     run(tf.constant(3 + STEPS, tf.int64))
@@ -59,10 +68,9 @@ def wait_share(data: PairData, batches: tf.data.Dataset) -> tuple[float, float]:
     return (float(state.waited.numpy()) - before) / seconds, seconds
 
 
-@pytest.fixture
-def ready(small_data: PairData) -> Iterator[tf.data.Dataset]:
+def ready(data: PairData) -> tf.data.Dataset:
     """One batch that costs nothing, again and again."""
-    yield small_data.training_batches(0, 1).cache().repeat()
+    return data.training_batches(0, 1).cache().repeat()
 
 
 @pytest.mark.parametrize(
@@ -75,29 +83,88 @@ def ready(small_data: PairData) -> Iterator[tf.data.Dataset]:
     ],
 )
 def test_the_share_is_what_the_sleeps_say(
-    input_seconds: float,
-    step_seconds: float,
-    queue: int,
-    share: float,
-    small_data: PairData,
-    ready: tf.data.Dataset,
-    monkeypatch: pytest.MonkeyPatch,
+    input_seconds: float, step_seconds: float, queue: int, share: float, small_data: PairData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(block, "train_step", sleeping_step(step_seconds))
-    late = sleeping(ready, input_seconds)
-    measured, _ = wait_share(small_data, late.prefetch(queue) if queue else late)
+    config = small_config("train.batch_size=2", "train.steps=100")
+    measured, _ = wait_share(config, small_data, sleeping(ready(small_data), input_seconds, queue))
     assert measured == pytest.approx(share, abs=0.06)
 
 
-def test_a_fast_input_under_a_real_step_is_hardly_waited_for(small_data: PairData, ready: tf.data.Dataset) -> None:
-    share, _ = wait_share(small_data, ready.prefetch(4))
+def test_under_a_real_step_it_is_what_the_step_leaves_of_the_time(sample_folder: Path) -> None:
+    """The independent measure: how long the same steps take with an input that is always ready."""
+    config = small_config(*HEAVY)
+    data = PairData(sample_folder, config)
+    share, alone = wait_share(config, data, ready(data).prefetch(4))
     assert share < 0.05
-
-
-def test_a_slow_input_under_a_real_step_is_what_the_step_leaves(small_data: PairData, ready: tf.data.Dataset) -> None:
-    """The independent measure: what the same steps take by themselves, and what they take with the slow input."""
-    _, alone = wait_share(small_data, ready.prefetch(4))
-    late = 2.5 * alone / STEPS
-    share, seconds = wait_share(small_data, sleeping(ready, late).prefetch(2))
+    share, seconds = wait_share(config, data, sleeping(ready(data), 2.5 * alone / STEPS, 2))
     assert share == pytest.approx(1.0 - alone / seconds, abs=0.1)
     assert share > 0.4
+
+
+SLOWED = """
+import sys, time
+from trainer.startup import load_tensorflow
+load_tensorflow()
+from trainer.data.shards import Shards
+read, Shards.read = Shards.read, lambda self, number: (time.sleep({seconds}), read(self, number))[1]
+from trainer.__main__ import main
+sys.exit(main())
+"""
+
+
+def start(folder: Path, seconds: float, *settings: str, **environment: str) -> subprocess.Popen[str]:
+    """The trainer in a process of its own, in which every record takes so much longer to read."""
+    given = (*SMALL, "train.checkpoint_every=0", "train.sample_every=0", "train.evaluate_every=0", *settings)
+    command = [sys.executable, "-c", SLOWED.format(seconds=seconds), f"--model_dir={folder}", *(f"--set={one}" for one in given)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | environment)
+
+
+def lines_of(process: subprocess.Popen[str]) -> list[str]:
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    return [line for line in err.splitlines() if "input" in line]
+
+
+def scalars(folder: Path, name: str) -> list[tuple[int, float]]:
+    found = []
+    for path in sorted((folder / "summaries" / "train").glob("events*")):
+        for record in tf.data.TFRecordDataset(str(path)).as_numpy_iterator():
+            event = tf.compat.v1.Event.FromString(record)
+            found += [(event.step, float(tf.make_ndarray(one.tensor))) for one in event.summary.value if one.tag == name]
+    return found
+
+
+@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_run_whose_reading_is_slow_says_so_once(devices: int, tmp_path: Path) -> None:
+    settings = ("train.batch_size=2", "train.steps=120", "train.summary_every=30", f"runtime.cpu_devices={devices}")
+    lines = lines_of(start(tmp_path, 0.12, *settings))
+    shares, speeds = scalars(tmp_path, "input/wait_share"), scalars(tmp_path, "input/mb_per_second")
+    assert [step for step, _ in shares] == [step for step, _ in speeds] == [30, 60, 90, 120]
+    assert min(share for _, share in shares) > 0.3
+    assert max(share for _, share in shares) <= 1.0
+    assert min(speed for _, speed in speeds) > 0.1
+    (warning,) = (line for line in lines if "input-bound" in line)
+    assert "the devices waited for input for" in warning
+    assert "data.cache" in warning
+    assert "MB/s" in lines[-1]
+    assert "step 120/120" in lines[-1]
+
+
+def test_a_run_whose_input_is_fast_has_no_such_line(tmp_path: Path) -> None:
+    lines = lines_of(start(tmp_path, 0.0, *HEAVY, "train.steps=80", "train.summary_every=40"))
+    assert [line for line in lines if "input-bound" in line] == []
+    (_, share) = scalars(tmp_path, "input/wait_share")[-1]
+    assert share < 0.1
+
+
+@pytest.mark.slow
+def test_the_chief_tells_of_the_worker_that_waits_most(tmp_path: Path) -> None:
+    """Worker 1 reads slowly; the chief, which waits for it inside the step, would not see that by itself."""
+    ports = free_ports(2)
+    settings = ("train.batch_size=2", "train.steps=60", "train.summary_every=30")
+    running = [start(tmp_path, 0.3 * index, *settings, TF_CONFIG=tf_config(ports, index)) for index in (0, 1)]
+    lines = [lines_of(process) for process in running]
+    assert min(share for _, share in scalars(tmp_path, "input/wait_share")) > 0.3
+    assert [("worker 1 waited for input" in line) for line in lines[0] if "input-bound" in line] == [True]
+    assert [line for line in lines[1] if "input-bound" in line] == []

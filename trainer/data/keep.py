@@ -1,4 +1,4 @@
-"""Records that are kept after their first read: in memory, or in a file of this machine; and which of the two there is room for."""
+"""Records that are kept after their first read, in memory or in a file of this machine, and which of the two has room."""
 
 import logging
 import os

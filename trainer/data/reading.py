@@ -1,9 +1,9 @@
 """Reading a bucket before it is asked: the coming record numbers are known, so runs of neighbours are fetched by many threads.
 
-A `Needs` is the list of what one reader needs for a while (an epoch, or an evaluation), cut into runs. `ReadAhead` follows one list
-after the other. Its threads take the next run whenever they are free: one that is being waited for, or else the one that will be
-needed first, as long as the records that wait for their use have room. What is waited for is fetched in any case, so a small room
-costs time and never stops the reader.
+A `Needs` is the list of what one reader needs for a while (an epoch, or an evaluation), cut into runs. `ReadAhead` follows one
+list after the other. Its threads take the next run whenever they are free: one that is being waited for, or else the one that
+will be needed first, as long as the records that wait for their use have room. What is waited for is fetched in any case, so a
+small room costs time and never stops the reader.
 """
 
 import logging
@@ -27,55 +27,34 @@ Numbers = NDArray[np.int64]
 Job = Callable[[], None]
 
 
-class Needs:
-    """The records that are needed for a while, in the runs in which they are fetched, each run once."""
+class Runs:
+    """Records cut into runs, and which of them are untouched, on their way, or here."""
 
-    def __init__(self, numbers: Numbers, shards: Shards, longest: int, store: Store | None) -> None:
-        """Cut into runs.
+    def __init__(self, rows: Numbers, shards: Shards, longest: int) -> None:
+        """Cut where numbers are missing, where a shard ends, and at every multiple of `longest`.
 
         Args:
-            numbers: int64, in the order of need; a number may stand there more than once.
-            shards: where the records are.
-            longest: a run lies between two multiples of so many records.
-            store: what keeps the records; if there is one, a run holds neighbours that are needed only later too.
+            rows: record numbers, int64, rising.
+            shards: where they are.
+            longest: in records.
         """
-        self._numbers, self._uses = np.unique(numbers, return_counts=True)
-        rows = self._numbers if store is None else np.arange(shards.examples)
         cut = (np.diff(rows) != 1) | (np.diff(shards.shard_of(rows)) != 0) | (np.diff(rows // longest) != 0)
-        heads = np.flatnonzero(np.concatenate([[True], cut])) if rows.size else np.zeros(0, np.int64)
-        self._firsts = rows[heads]
-        self._ends = rows[np.append(heads[1:], rows.size) - 1] + 1 if rows.size else rows
-        runs, first_need = np.unique(self._firsts.searchsorted(numbers, side="right") - 1, return_index=True)
-        self._order, self._next = runs[np.argsort(first_need)], 0
-        self._state = bytearray(heads.size)
+        self._firsts = rows[np.concatenate([[True], cut])] if rows.size else rows
+        self._ends = rows[np.concatenate([cut, [True]])] + 1 if rows.size else rows
+        self._state = bytearray(self._firsts.size)
         self.failures: dict[int, TrainerError] = {}
 
-    def run(self, index: int) -> Run:
-        """The records of a run."""
+    def __getitem__(self, index: int) -> Run:
         return Run(int(self._firsts[index]), int(self._ends[index]))
 
-    def run_of(self, number: int) -> int | None:
-        """Which run a record comes with; None if it is not, or no more, needed or was read already and is gone."""
-        place = int(self._numbers.searchsorted(number))
-        if place == self._numbers.size or self._numbers[place] != number or not self._uses[place]:
-            return None
+    def of(self, number: int) -> int:
+        """Which run a record is in."""
         return int(self._firsts.searchsorted(number, side="right")) - 1
 
-    def needed(self, number: int) -> bool:
-        """Whether a record has still to be used."""
-        return self.run_of(number) is not None
-
-    def use(self, number: int) -> bool:
-        """Count one use; whether that was the last."""
-        place = int(self._numbers.searchsorted(number))
-        self._uses[place] -= 1
-        return not self._uses[place]
-
-    def next_run(self) -> int | None:
-        """The untouched run that is needed first."""
-        while self._next < len(self._order) and self._state[self._order[self._next]] != _UNTOUCHED:
-            self._next += 1
-        return int(self._order[self._next]) if self._next < len(self._order) else None
+    def in_order(self, numbers: Numbers) -> Numbers:
+        """The runs of these records, each once, in the order of its first record."""
+        runs, first = np.unique(self._firsts.searchsorted(numbers, side="right") - 1, return_index=True)
+        return np.asarray(runs[np.argsort(first)], np.int64)
 
     def begin(self, index: int) -> bool:
         """Mark a run as on its way; whether it was untouched."""
@@ -86,14 +65,53 @@ class Needs:
         return True
 
     def end(self, index: int, failure: TrainerError | None) -> None:
-        """Mark a run as read, or as failed and to be tried again."""
+        """Mark a run as here, or as failed and to be tried again."""
         self._state[index] = _UNTOUCHED if failure else _HERE
         if failure:
             self.failures[index] = failure
 
+    def untouched(self, index: int) -> bool:
+        """Whether nobody has asked for a run."""
+        return self._state[index] == _UNTOUCHED
+
     def here(self, index: int) -> bool:
         """Whether a run has been read."""
         return self._state[index] == _HERE
+
+
+class Needs:
+    """The records that are needed for a while, and the runs that bring them."""
+
+    def __init__(self, numbers: Numbers, runs: Runs) -> None:
+        """Count uses.
+
+        Args:
+            numbers: int64, in the order of need; a number may stand there more than once.
+            runs: hold at least these records.
+        """
+        self.runs = runs
+        self._numbers, self._uses = np.unique(numbers, return_counts=True)
+        self._order, self._next = runs.in_order(numbers), 0
+
+    def _place(self, number: int) -> int | None:
+        place = int(self._numbers.searchsorted(number))
+        return place if place < self._numbers.size and self._numbers[place] == number else None
+
+    def needed(self, number: int) -> bool:
+        """Whether a record is in the list, and not yet used as often as it stands there."""
+        place = self._place(number)
+        return place is not None and bool(self._uses[place])
+
+    def use(self, number: int) -> bool:
+        """Count one use; whether that was the last."""
+        self._uses[self._place(number)] -= 1
+        return not self.needed(number)
+
+    def next_run(self) -> int | None:
+        """The untouched run that is needed first."""
+        while self._next < len(self._order) and not self.runs.untouched(int(self._order[self._next])):
+            self._next += 1
+        return int(self._order[self._next]) if self._next < len(self._order) else None
 
 
 class ReadAhead:
@@ -141,7 +159,7 @@ class ReadAhead:
         needs = self._list(at)
         with self._work:
             for number, record in zip(asked, kept, strict=True):
-                self._want(at, needs, needs.run_of(number) if record is None else None)
+                self._want(at, needs, number, record)
             self._stir()
         return [self._one(at, needs, number) if record is None else record for number, record in zip(asked, kept, strict=True)]
 
@@ -156,12 +174,12 @@ class ReadAhead:
     def _wait(self, at: int, needs: Needs, number: int) -> bytes | TrainerError | None:
         """Wait for the run of a record; None if it is not held here."""
         with self._arrival:
-            run = needs.run_of(number)
-            if run is None:
+            if not needs.needed(number):
                 return None
-            while not needs.here(run) and run not in needs.failures:
+            runs, run = needs.runs, needs.runs.of(number)
+            while not runs.here(run) and run not in runs.failures:
                 self._arrival.wait()
-            return needs.failures.get(run) or self._take(at, needs, number)
+            return runs.failures.get(run) or self._take(at, needs, number)
 
     def _take(self, at: int, needs: Needs, number: int) -> bytes | TrainerError | None:
         found = self._held.get((at, number))
@@ -171,17 +189,19 @@ class ReadAhead:
             self._stir()
         return found
 
-    def _want(self, at: int, needs: Needs, run: int | None) -> None:
-        """Put a run before all that is only read ahead. One that failed while nobody waited for it is tried again."""
-        if run is not None and not self._is_kept(needs, run) and needs.begin(run):
-            self._bytes += self._shards.size(needs.run(run))
-            self._wanted.append(partial(self._fetch, at, needs, run))
+    def _want(self, at: int, needs: Needs, number: int, kept: bytes | None) -> None:
+        """Put a record's run before all that is only read ahead. One that failed while nobody waited is tried again."""
+        if kept is None and needs.needed(number):
+            runs, run = needs.runs, needs.runs.of(number)
+            if not self._is_kept(runs, run) and runs.begin(run):
+                self._bytes += self._shards.size(runs[run])
+                self._wanted.append(partial(self._fetch, at, needs, run))
 
-    def _is_kept(self, needs: Needs, run: int) -> bool:
-        """Whether a run was stored before it was touched in this list; it counts as read then."""
-        if self._store is None or not self._store.has(needs.run(run)) or not needs.begin(run):
+    def _is_kept(self, runs: Runs, run: int) -> bool:
+        """Whether an untouched run was stored by somebody else; it is here then."""
+        if self._store is None or not self._store.has(runs[run]) or not runs.begin(run):
             return False
-        needs.end(run, None)
+        runs.end(run, None)
         return True
 
     # -- the lists
@@ -253,12 +273,12 @@ class ReadAhead:
         """What is needed next and nobody waits for yet; up to one list beyond the one in use."""
         needs = self._open.get(self._ahead_in)
         while needs and (run := needs.next_run()) is not None:
-            if self._is_kept(needs, run):
+            if self._is_kept(needs.runs, run):
                 continue
-            size = self._shards.size(needs.run(run))
+            size = self._shards.size(needs.runs[run])
             if self._store is None and self._bytes + size > self._room:
                 return None
-            needs.begin(run)
+            needs.runs.begin(run)
             self._bytes += size
             return partial(self._fetch, self._ahead_in, needs, run)
         if needs is None or self._ahead_in > self._reached:
@@ -268,7 +288,7 @@ class ReadAhead:
 
     def _fetch(self, at: int, needs: Needs, index: int) -> None:
         """Read a run and hand it over; whatever happens, nobody is left waiting for it."""
-        run = needs.run(index)
+        run = needs.runs[index]
         answers: list[bytes | TrainerError] = []
         failure: TrainerError | None = TrainerError(f"{self._shards.describe(run.first)}: the thread that reads it broke")
         try:
@@ -278,7 +298,7 @@ class ReadAhead:
         finally:
             with self._arrival:
                 self._deliver(at, needs, run, answers)
-                needs.end(index, failure)
+                needs.runs.end(index, failure)
                 self._arrival.notify_all()
 
     def _kept_of(self, run: Run, answers: list[bytes | TrainerError]) -> list[bytes | TrainerError]:

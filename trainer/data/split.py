@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from trainer.data import pairs
 from trainer.data.keep import Cache, InMemory, OnDisk, Store
-from trainer.data.reading import RUN_BYTES, Needs, ReadAhead
+from trainer.data.reading import RUN_BYTES, Needs, ReadAhead, Runs
 from trainer.data.records import Manifest
 from trainer.data.shards import Shards
 from trainer.data.vet import vet
@@ -113,15 +113,13 @@ class Split:
     def _reader(self, needs: Callable[[int], NDArray[np.int64]], run: int, first: int, room: int) -> Reader:
         if self._shards.local:
             return lambda _, numbers: [self.read(number) for number in numbers]
-        longest = run if self._store is None else self.usual_run
-        ahead = ReadAhead(
-            self._shards,
-            self._store,
-            self._means.readers,
-            room,
-            lambda at: Needs(needs(at), self._shards, longest, self._store),
-            first,
-        )
+        kept = None if self._store is None else Runs(np.arange(self.examples), self._shards, self.usual_run)
+
+        def listed(at: int) -> Needs:
+            numbers = needs(at)
+            return Needs(numbers, kept or Runs(np.unique(numbers), self._shards, run))
+
+        ahead = ReadAhead(self._shards, self._store, self._means.readers, room, listed, first)
 
         def read(at: int, numbers: Sequence[int]) -> list[bytes]:
             found = ahead.read(at, numbers)

@@ -13,6 +13,7 @@ from itertools import islice
 from multiprocessing.connection import Connection
 from typing import TypeVar
 
+from trainer.cores import usable_cores
 from trainer.errors import TrainerError
 from trainer.startup import load_tensorflow
 from trainer.storage.service import Patience
@@ -47,7 +48,7 @@ class Workers:
     """A pool of processes; leave its context and they are gone. One process is this one."""
 
     def __init__(self, processes: int) -> None:
-        self._processes = processes or len(os.sched_getaffinity(0))
+        self._processes = processes or usable_cores()
         self._pool: ProcessPoolExecutor | None = None
         self._leash, self._held = multiprocessing.Pipe(duplex=False)
 

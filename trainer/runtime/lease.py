@@ -76,6 +76,7 @@ class Lease:
         self._beats = 0
         self._generation = 0
         self._lost = ""
+        self._lock = threading.Lock()
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -101,6 +102,20 @@ class Lease:
         """
         if self._lost:
             raise LostClaimError(self._lost)
+
+    def confirm(self) -> None:
+        """Renew it now; for what is about to be written without a condition of its own.
+
+        Raises:
+            LostClaimError: somebody else has taken it.
+            BucketAwayError: nobody can tell.
+        """
+        self.check()
+        with self._lock:
+            try:
+                self._generation = self._place.write_bytes(self._content(), self._generation, BEAT_SECONDS).generation
+            except PreconditionFailed as error:
+                raise self.lose(self._place) from error
 
     def release(self) -> None:
         """Give it up, so that the next process need not wait."""
@@ -183,10 +198,10 @@ class Lease:
         away = False
         while not self._done.wait(BEAT_SECONDS):
             try:
-                self._generation = self._place.write_bytes(self._content(), self._generation, BEAT_SECONDS).generation
+                self.confirm()
                 away = False
-            except PreconditionFailed:
-                log.error("%s", self.lose(self._place))
+            except LostClaimError as error:
+                log.error("%s", error)
                 return
             except TrainerError as error:
                 if not away:

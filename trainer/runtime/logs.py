@@ -9,6 +9,9 @@ from typing import Any, ClassVar
 from tqdm import tqdm
 
 
+FIELDS = ("severity", "time", "step", "worker", "message")
+
+
 class Where:
     """Where the run stands, for lines that do not say it themselves."""
 
@@ -20,7 +23,7 @@ class Where:
 def entry(severity: str, message: str) -> dict[str, Any]:
     """One line for machines: severity as Google Cloud names it, time in UTC, step, worker, message."""
     now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-    return {"severity": severity, "time": now, "step": Where.step, "worker": Where.worker, "message": message}
+    return dict(zip(FIELDS, (severity, now, Where.step, Where.worker, message), strict=True))
 
 
 class _BesideTheBar(logging.Handler):
@@ -40,7 +43,7 @@ class _JsonLines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            sys.stderr.write(json.dumps(entry(record.levelname, self.format(record))) + "\n")
+            sys.stderr.write(json.dumps(entry(record.levelname, self.format(record).rstrip())) + "\n")
             sys.stderr.flush()
         except OSError:
             self.handleError(record)
@@ -49,6 +52,7 @@ class _JsonLines(logging.Handler):
 def configure_logs(log_format: str) -> None:
     """Send the trainer's own log lines to stderr: `text` as they are, `json` for the relay, together with the libraries' own."""
     handler = _JsonLines() if log_format == "json" else _BesideTheBar()
+    logging.captureWarnings(log_format == "json")  # they have several lines, and no severity of their own
     if log_format == "json":
         logging.getLogger().handlers = [handler]
         logging.getLogger("tensorflow").handlers = []  # its lines reach the root too, and would be written twice

@@ -9,8 +9,8 @@ FADE = 0.7  # what a block counts, once the next one is done
 BOUND, RECOVERED = 0.10, 0.05  # shares of the time: above the one it is said, below the other it may be said again
 JUDGED_SECONDS = 2.0  # in less, one slow batch would look like a slow input
 _ADVICE = (
-    "set data.cache=memory or disk, raise data.readers, give it more CPU cores (runtime.threads), "
-    "or prepare smaller files: JPEG, at the training size"
+    "set data.cache=memory or disk, raise data.readers (of a bucket), give it more CPU cores (runtime.threads), "
+    "or prepare smaller files: JPEG, at the size that is trained"
 )
 log = logging.getLogger(__name__)
 

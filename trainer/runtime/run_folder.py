@@ -78,6 +78,9 @@ class RunFolder:
     def check_claim(self) -> None:
         """See whether the claim still holds; a file lock does as long as the process lives."""
 
+    def confirm_claim(self) -> None:
+        """Make sure that the claim holds at this moment."""
+
     def store(self, keep: int) -> Checkpoints:
         """The run's checkpoints, for a process that has claimed it."""
         assert isinstance(self.checkpoints, Path)
@@ -279,6 +282,11 @@ class BucketFolder(RunFolder):
         """Raises: LostClaimError: another process has taken the run over."""
         if self.lease:
             self.lease.check()
+
+    def confirm_claim(self) -> None:
+        """Raises: LostClaimError, BucketAwayError."""
+        if self.lease:
+            self.lease.confirm()
 
     @property
     def metrics_object(self) -> BucketPath:

@@ -5,7 +5,7 @@ none.
 """
 
 import faulthandler
-import os
+import logging
 from dataclasses import dataclass
 
 import tensorflow as tf
@@ -13,18 +13,25 @@ from tensorflow.python.distribute import collective_all_reduce_strategy
 
 from trainer.cluster import Cluster
 from trainer.config import RuntimeConfig
+from trainer.cores import usable_cores
 from trainer.errors import PeerLostError, UserError
+from trainer.startup import gpus_are_hidden
 
+log = logging.getLogger(__name__)
 BUILDING_SECONDS = 300  # after the rendezvous all peers are there, and building takes a few
 
 
 @dataclass(frozen=True)
 class Devices:
-    """What this process has to compute on: numbers of GPUs, TPU cores, and devices that the CPU is split into."""
+    """What this process has to compute on: numbers of GPUs, TPU cores, and devices that the CPU is split into.
+
+    `gpus_missing`: the software is for GPUs, nobody asked for the CPU, and yet there is no GPU.
+    """
 
     gpus: int
     tpus: int
     cpus: int
+    gpus_missing: bool = False
 
     @property
     def mirrored(self) -> list[str]:
@@ -43,7 +50,7 @@ class Choice:
 
 def configure_threads(runtime: RuntimeConfig) -> int:
     """Pin TensorFlow's threads, because the bits of a sum depend on how it was divided; return the number."""
-    threads = runtime.threads or len(os.sched_getaffinity(0))
+    threads = runtime.threads or usable_cores()
     tf.config.threading.set_intra_op_parallelism_threads(threads)
     tf.config.threading.set_inter_op_parallelism_threads(threads)
     return threads
@@ -66,15 +73,18 @@ def configure_devices(runtime: RuntimeConfig) -> Devices:
     if runtime.cpu_devices > 1:
         parts = [tf.config.LogicalDeviceConfiguration()] * runtime.cpu_devices
         tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], parts)
-    return Devices(len(gpus), len(tf.config.list_physical_devices("TPU")), runtime.cpu_devices)
+    missing = not gpus and runtime.cpu_devices == 1 and tf.test.is_built_with_cuda() and not gpus_are_hidden()
+    return Devices(len(gpus), len(tf.config.list_physical_devices("TPU")), runtime.cpu_devices, missing)
 
 
 def choose(wanted: str, cluster: Cluster, devices: Devices) -> Choice:
     """Decide on a strategy; `auto` takes the one that uses all there is.
 
     Raises:
-        UserError: what is wanted would leave workers out, or they are missing.
+        UserError: what is wanted would leave workers out, or they or the GPUs are missing.
     """
+    if devices.gpus_missing:
+        _say_that_gpus_are_missing(wanted)
     if wanted == "auto":
         return _automatic(cluster, devices)
     if cluster.size > 1 and wanted != "multi_worker_mirrored":
@@ -88,6 +98,19 @@ def choose(wanted: str, cluster: Cluster, devices: Devices) -> Choice:
             "JOB_COMPLETION_INDEX with TRAINER_WORKERS), or use --strategy=mirrored for the devices of one machine"
         )
     return Choice(wanted, "asked for")
+
+
+def _say_that_gpus_are_missing(wanted: str) -> None:
+    """Nobody should pay for a machine with GPUs and train on its CPU.
+
+    Raises:
+        UserError: replicas on GPUs were asked for.
+    """
+    why = "TensorFlow was built for GPUs, but sees none: is the NVIDIA driver on the host, and the container run with --gpus all?"
+    if wanted == "mirrored":
+        raise UserError(f"--strategy=mirrored: {why} --set runtime.cpu_devices=2 or CUDA_VISIBLE_DEVICES= asks for the CPU")
+    if wanted != "tpu":
+        log.warning("%s The CPU trains; CUDA_VISIBLE_DEVICES= asks for that without a warning", why)
 
 
 def _automatic(cluster: Cluster, devices: Devices) -> Choice:

@@ -7,11 +7,12 @@ grown is followed by a new one.
 import logging
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import tensorflow as tf
 
+from trainer.errors import BucketAwayError, TrainerError
 from trainer.runtime import files
 from trainer.runtime.outbox import Outbox
 from trainer.storage.bucket import BucketPath
@@ -57,7 +58,9 @@ class Summaries:
 class BucketSummaries(Summaries):
     """Event files in TMPDIR, copied to a bucket every minute and at each checkpoint; a copy that fails never stops training."""
 
-    def __init__(self, folder: BucketPath) -> None:
+    def __init__(self, folder: BucketPath, confirm: Callable[[], None]) -> None:
+        """`confirm` raises if another process has taken the run over: its event files must not be put back."""
+        self._confirm = confirm
         self._here = tempfile.TemporaryDirectory()
         super().__init__(Path(self._here.name))
         self._there, self._outbox = folder, Outbox()
@@ -85,8 +88,13 @@ class BucketSummaries(Summaries):
         """Send what has changed; begin new files where they have grown."""
         super().flush()
         self._post()
-        self._outbox.send()
         self._sent = time.monotonic()
+        try:
+            self._confirm()
+        except BucketAwayError as error:
+            log.warning("%s; training goes on, its summaries are sent later", error)
+        else:
+            self._outbox.send()
 
     def _post(self) -> None:
         for file in sorted(self._folder.glob("*/events.out.tfevents.*")):
@@ -101,14 +109,19 @@ class BucketSummaries(Summaries):
         """Close the files and send what is left."""
         super().close()
         self._post()
-        self._outbox.close(LAST_SEND_SECONDS)
+        try:
+            self._confirm()
+        except TrainerError as error:
+            log.warning("%s; the last summaries are not sent", error)
+        else:
+            self._outbox.close(LAST_SEND_SECONDS)
 
 
-def open_summaries(folder: Place, *, writes: bool) -> Summaries:
+def open_summaries(folder: Place, confirm: Callable[[], None], *, writes: bool) -> Summaries:
     """The summaries of a run, for a process that writes them or for one that does not."""
     if not writes:
         return NullSummaries(Path())
-    return Summaries(folder) if isinstance(folder, Path) else BucketSummaries(folder)
+    return Summaries(folder) if isinstance(folder, Path) else BucketSummaries(folder, confirm)
 
 
 class NullSummaries(Summaries):

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from trainer import __version__
 
 log = logging.getLogger(__name__)
+_TOLD = ("image", "revision")  # by whoever starts a container; the bits do not depend on what it is called
 _TENSORFLOWS = ("tensorflow-cpu", "tensorflow", "tensorflow-tpu")
 
 
@@ -39,6 +40,16 @@ def warn_of_changes(before: Mapping[str, str], now: Mapping[str, str]) -> None:
     if before.get(together, now.get(together)) != now.get(together):
         line = "model.norm=batch normalises over %s pairs at a time instead of %s: from here on it is another computation"
         log.warning(line, now.get(together), before.get(together))
-    changed = [f"{name} {before[name]} -> {now[name]}" for name in now if name in before and before[name] != now[name]]
+    changed = {name: f"{name} {before[name]} -> {now[name]}" for name in now if before.get(name, now[name]) != now[name]}
+    told = [changed.pop(name) for name in _TOLD if name in changed]
+    if told:
+        log.info("since the run began: %s", ", ".join(told))
     if changed:
-        log.warning("since the run began: %s; results will agree to rounding, not bit for bit", ", ".join(changed))
+        log.warning("since the run began: %s; results will agree to rounding, not bit for bit", ", ".join(changed.values()))
+
+
+def with_earlier(before: Mapping[str, str], now: Mapping[str, str]) -> dict[str, str]:
+    """`now`, and the image or revision of before where none is told now, unless the other one shows that it is another."""
+    if any(before.get(name, now[name]) != now[name] for name in _TOLD if name in now):
+        return dict(now)
+    return dict(now) | {name: before[name] for name in _TOLD if name in before and name not in now}

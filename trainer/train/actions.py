@@ -4,12 +4,13 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import tensorflow as tf
 
 from trainer.config import Config
 from trainer.data.pipeline import PairData
 from trainer.runtime.checkpoints import Checkpoints
-from trainer.runtime.meter import Meter
+from trainer.runtime.meter import Fed, InputWatch, Meter
 from trainer.runtime.preemption import StopSignal
 from trainer.runtime.run_folder import RunFolder
 from trainer.runtime.summaries import open_summaries
@@ -62,10 +63,10 @@ class Run:
     ) -> None:
         self.config, self.folder, self.data, self.state = config, folder, data, state
         self.strategy, self.workers, self.stop, self.watchdog = strategy, workers, stop, watchdog
-        self.meter = Meter(config.train.batch_size)
+        self.meter, self.input_watch = Meter(config.train.batch_size), InputWatch()
         writes = workers.index == 0
         self.checkpoints: Checkpoints = folder.store(config.train.keep)
-        self.summaries = open_summaries(folder.summaries, writes=writes)
+        self.summaries = open_summaries(folder.summaries, folder.confirm_claim, writes=writes)
         self.evaluator = Evaluator(state.drawer, data, config, strategy, workers)
         self.saved_step: int | None = None
         self.saved_pending = False
@@ -139,10 +140,31 @@ class Run:
         self.checkpoints.clean()
 
     def summarise(self, step: int) -> None:
-        """Write the losses' means since the last time, the speed, and begin new means."""
+        """Write the losses' means since the last time, the speed and how the input kept up, and begin new means."""
         losses = {f"loss/{name}": value for name, value in self.state.mean_losses().items()}
-        self.summaries.scalars("train", losses | {"images_per_second": self.meter.images_per_second}, step)
+        speed = {"images_per_second": self.meter.images_per_second}
+        self.summaries.scalars("train", losses | speed | self.judge_input(), step)
         self.state.reset_losses()
+
+    def input_totals(self) -> tuple[float, int]:
+        """Seconds that this worker's devices have waited for input, and bytes that it has read."""
+        return float(self.state.waited.numpy()), self.data.bytes_read
+
+    def judge_input(self) -> dict[str, float]:
+        """The input's scalars since the last time: of the worker that waited most, which all others wait for; all that was read.
+
+        Empty before the second block. The chief says it when the input is too slow.
+        """
+        rows = np.zeros((self.workers.size, len(Fed._fields)))
+        rows[self.workers.index] = self.meter.end_interval()
+        workers = [Fed(*row) for row in self.workers.add_up(rows.ravel()).reshape(rows.shape).tolist()]
+        slowest = max(range(len(workers)), key=lambda index: workers[index].wait_share)
+        whole = workers[slowest]._replace(read=sum(worker.read for worker in workers))
+        if not whole.seconds:
+            return {}
+        if self.workers.index == 0:
+            self.input_watch.look(whole, "the devices" if len(workers) == 1 else f"worker {slowest}")
+        return {"input/wait_share": whole.wait_share, "input/mb_per_second": whole.mb_per_second}
 
     def sample(self, step: int) -> None:
         """Draw the same validation pairs as every time."""

@@ -14,6 +14,8 @@ from trainer.train.step import StepResult, train_step
 
 Batch = Mapping[str, tf.Tensor]
 Batches = Iterator[Batch]
+READY = "ready"  # when a batch was there
+TICKS, WRAP = 1e5, 2**32  # ticks in a second; they wrap after half a day, and are compared over minutes
 
 
 def fitting_batch_sizes(batch_size: int, parts: int) -> tuple[int, int]:
@@ -49,28 +51,43 @@ def deal(strategy: tf.distribute.Strategy, data: PairData, config: Config, first
     """
     replicas, batch = strategy.num_replicas_in_sync, config.train.batch_size
     if isinstance(strategy, tf.distribute.OneDeviceStrategy):
-        return iter(data.training_batches(first_step, config.train.steps))
+        return iter(stamped(data.training_batches(first_step, config.train.steps)))
 
     def of_worker(context: tf.distribute.InputContext) -> tf.data.Dataset:
         share = batch // context.num_input_pipelines
         places = range(context.input_pipeline_id * share, (context.input_pipeline_id + 1) * share)
-        return data.training_batches(first_step, places=places, replicas=replicas // context.num_input_pipelines)
+        return stamped(data.training_batches(first_step, places=places, replicas=replicas // context.num_input_pipelines))
 
     return iter(strategy.distribute_datasets_from_function(of_worker))
 
 
-def fetch(batches: Batches, state: TrainState) -> Batch:
-    """The next batch; the time until it is there is added to `state.waited`. Runs inside the graph, on the host.
+def now() -> tf.Tensor:
+    """The time of day in ticks of 10 microseconds, modulo 2^32: a uint32 scalar, which every kind of device can hold."""
+    return tf.cast(tf.cast(tf.timestamp() * TICKS, tf.int64) % WRAP, tf.uint32)
 
-    The loop begins a step when it has the last one's result on the host, so on a GPU too the first look at the clock is at
-    the end of a step and not of its enqueueing. The clock has no input of its own: control edges hold it in its place.
+
+def stamped(batches: tf.data.Dataset) -> tf.data.Dataset:
+    """The same batches, each with the time at which it was ready to be taken.
+
+    That the taking itself is late counts for nothing: on a busy CPU it queues behind operations that need no batch.
+    """
+    return batches.map(lambda batch: {**batch, READY: now()}).prefetch(1)
+
+
+def fetch(strategy: tf.distribute.Strategy, state: TrainState, batches: Batches) -> Batch:
+    """The next batch; how much later it was ready than the devices is added to `state.waited`. Runs inside the graph, on the host.
+
+    The loop begins a step when it has the last one's result on the host, so on a GPU too the devices are ready at the end of
+    that step and not of its enqueueing. A clock has no input: the control edge holds it in its place.
     """
     with tf.device("/cpu:0"):
-        began = tf.timestamp()
-    with tf.control_dependencies([began]):
-        batch = next(batches)
-    with tf.control_dependencies(tf.nest.flatten(batch, expand_composites=True)), tf.device("/cpu:0"):
-        state.waited.assign_add(tf.maximum(tf.timestamp() - began, 0.0))  # it is the time of day, which may be set back
+        free = now()
+    with tf.control_dependencies([free]):
+        batch = dict(next(batches))
+    with tf.device("/cpu:0"):
+        ready = [tf.cast(tick, tf.int64) for tick in strategy.experimental_local_results(batch.pop(READY))]
+        late = (tf.stack(ready) - tf.cast(free, tf.int64) + WRAP // 2) % WRAP - WRAP // 2
+        state.waited.assign_add(tf.cast(tf.maximum(tf.reduce_max(late), 0), tf.float64) / TICKS)
     return batch
 
 
@@ -86,7 +103,7 @@ def make_block(
         stopping = tf.constant(False)
         while (state.step < until) & state.healthy & ~stopping:
             tf.autograph.experimental.set_loop_options(parallel_iterations=1)
-            batch = fetch(batches, state)
+            batch = fetch(strategy, state, batches)
             clock = read_clock(config, state.step)
             of_replicas = strategy.run(step, (batch, clock, stop.flag.read_value()))
             result = tf.nest.map_structure(lambda value: strategy.experimental_local_results(value)[0], of_replicas)

@@ -88,7 +88,8 @@ def train_to_the_end(run: Run) -> None:
             save_and_stop(run, step, pending=False)
         while step < train.steps:
             step = run_block(run, block, step)
-            progress.update(step, run.meter.images_per_second, state.mean_losses() or state.latest_losses())
+            losses = state.mean_losses() or state.latest_losses()
+            progress.update(step, run.meter.images_per_second, losses, run.meter.fed)
             finish_step(run, step)
     finally:
         progress.close()
@@ -103,11 +104,11 @@ def run_block(run: Run, block: Callable[[tf.Tensor], None], step: int) -> int:
         DataError: a record of the next batch is damaged.
     """
     until = min(step + run.steps_per_block(), *(action.every.next_after(step) for action in run.actions()))
-    run.meter.start()
+    run.meter.start(*run.input_totals())
     with run.data.naming_damage(run.data.train, lambda: run.data.batch_records(int(run.state.step.numpy())).tolist()):
         block(tf.constant(until, tf.int64))
     reached = int(run.state.step.numpy())
-    run.meter.stop(reached - step)
+    run.meter.stop(reached - step, *run.input_totals())
     run.watchdog.beat()
     if not run.state.healthy.numpy():
         raise diverged(run, reached + 1)

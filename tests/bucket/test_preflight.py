@@ -1,0 +1,105 @@
+"""What can be known to fail is told before TensorFlow is loaded, with the right exit code."""
+
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.bucket.runs import copy_up, run
+from tests.bucket.service import UNAVAILABLE, BucketService, forbidden, refuse, retained
+from trainer.storage.bucket import parse
+
+
+def told(done: object) -> list[str]:
+    return str(done.stderr).strip().splitlines()  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def data(bucket: str, sample_folder: Path) -> str:
+    copy_up(sample_folder, f"{bucket}/data")
+    return f"{bucket}/data"
+
+
+@pytest.mark.parametrize("flag", ["--data_dir", "--model_dir", "--config"])
+def test_a_bucket_that_is_not_there_is_named_in_seconds(flag: str, bucket: str) -> None:
+    began = time.monotonic()
+    done = run(f"{flag}=gs://no-such-bucket/x")
+    assert done.returncode == 2
+    assert told(done) == ["trainer: gs://no-such-bucket: there is no bucket of this name; make it, or mend the name"]
+    assert time.monotonic() - began < 5
+
+
+def test_a_data_set_that_is_not_there_is_named(bucket: str) -> None:
+    done = run(f"--data_dir={bucket}/none", f"--model_dir={bucket}/run")
+    assert done.returncode == 2
+    assert told(done) == [f"trainer: {bucket}/none: no such data folder; --data_dir names a prepared data set"]
+    assert parse(bucket).listing() == {}
+
+
+@pytest.mark.parametrize(("method", "permission"), [("GET", "list"), ("POST", "create"), ("DELETE", "delete")])
+def test_a_missing_permission_on_the_models_place_is_one_line(
+    method: str, permission: str, bucket: str, bucket_service: BucketService
+) -> None:
+    bucket_service.faults(refuse(forbidden(f"storage.objects.{permission}"), method))
+    done = run(f"--model_dir={bucket}/run")
+    assert done.returncode == 2
+    (line,) = told(done)
+    assert line.startswith(f"trainer: {bucket}/run")
+    assert "trainer@project.iam.gserviceaccount.com" in line
+    assert line.endswith(f"grant it storage.objects.{permission}, which roles/storage.objectAdmin has")
+
+
+def test_a_bucket_with_a_retention_policy_is_refused(bucket: str, bucket_service: BucketService) -> None:
+    bucket_service.faults(refuse(retained(bucket.removeprefix("gs://"), "run/.preflight-1"), "DELETE"))
+    done = run(f"--model_dir={bucket}/run")
+    assert done.returncode == 2
+    assert "needs a bucket without a retention policy" in told(done)[-1]
+    assert len(told(done)) == 1
+
+
+def test_nothing_is_left_where_it_looked(bucket: str, data: str) -> None:
+    before = parse(bucket).listing()
+    done = run(f"--data_dir={data}", f"--model_dir={bucket}/run", "--set=train.batch_size=1000")
+    assert done.returncode == 2
+    assert "train.batch_size: got 1000" in told(done)[-1]
+    assert parse(bucket).listing() == before
+
+
+def test_a_damaged_first_record_is_found_before_training(bucket: str, data: str) -> None:
+    shard = parse(data) / "train-00000-of-00002.tfrecord"
+    content = bytearray(shard.read_bytes())
+    content[100] ^= 1
+    shard.write_bytes(bytes(content))
+    done = run(f"--data_dir={data}", f"--model_dir={bucket}/run")
+    assert done.returncode == 2
+    assert re.match(rf"trainer: {data}/train-00000-of-00002.tfrecord, record 0: .*checksum", told(done)[-1])
+
+
+def test_a_service_that_is_busy_is_waited_for_and_then_left_with_75(bucket: str, bucket_service: BucketService) -> None:
+    bucket_service.faults(refuse(UNAVAILABLE))
+    done = run(f"--model_dir={bucket}/run", "--set=runtime.bucket_patience_seconds=3")
+    assert done.returncode == 75
+    assert "the service answers 503" in told(done)[0]
+    assert "tried for 3 s; run this again when the bucket answers" in told(done)[-1]
+
+
+def test_credentials_that_are_not_there_are_waited_for_and_explained(bucket: str) -> None:
+    """Workload identity may give them some seconds after a pod has begun; on a laptop the line says what to do."""
+    began = time.monotonic()
+    done = run(
+        f"--model_dir={bucket}/run", "--set=runtime.bucket_patience_seconds=3",
+        STORAGE_EMULATOR_HOST="", NO_GCE_CHECK="true", GOOGLE_APPLICATION_CREDENTIALS="", CLOUDSDK_CONFIG="/nonexistent",
+    )  # fmt: skip
+    assert done.returncode == 75
+    assert "no credentials found; run `gcloud auth application-default login`" in told(done)[0]
+    assert "tried for 3 s" in told(done)[-1]
+    assert 2 < time.monotonic() - began < 20
+
+
+def test_a_config_is_read_from_a_bucket(bucket: str) -> None:
+    (parse(bucket) / "mine.yaml").write_text("train: {steps: 0}")
+    done = run(f"--config={bucket}/mine.yaml")
+    assert done.returncode == 2
+    assert told(done)[0].startswith(f"trainer: {bucket}/mine.yaml: train.steps: got 0")
+    assert told(run(f"--config={bucket}/none.yaml")) == [f"trainer: {bucket}/none.yaml: no such config file"]
