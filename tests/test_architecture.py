@@ -11,7 +11,15 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "trainer"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
-FOUNDATION = {"trainer", "trainer.counter", "trainer.cores", "trainer.startup", "trainer.config", "trainer.cluster", "trainer.errors"}
+FOUNDATION = {
+    "trainer",
+    "trainer.counter",
+    "trainer.cores",
+    "trainer.startup",
+    "trainer.config",
+    "trainer.cluster",
+    "trainer.errors",
+}
 _AT_THE_TOP = "__main__ arguments commands help model_card check evaluate predict export trained relay preflight"
 COMMANDS = {f"trainer.{name}" for name in _AT_THE_TOP.split()}
 ROOMS = {"trainer.data", "trainer.model", "trainer.runtime"}

@@ -1,12 +1,20 @@
+import errno
+import json
+import logging
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import run_trainer
+from tests.conftest import run_trainer, start_trainer
+from trainer import __main__ as entry
+from trainer import startup
 from trainer.arguments import FLAGS_OF, define_flags, parse
 from trainer.commands import resolve
 from trainer.config import Config
@@ -138,6 +146,131 @@ def test_a_reader_that_goes_away_is_no_traceback() -> None:
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert done.stdout.startswith("trainer [COMMAND]")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("flag", ["--version", "--log_format=json"])
+def test_a_reader_who_is_gone_does_not_change_the_exit_code(flag: str) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "trainer", "--version", flag]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+SLOW = """
+import time
+print("loading", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("number", startup.STOPS)
+@pytest.mark.parametrize("log_format", ["text", "json"])
+@pytest.mark.parametrize("module", ["absl", "tensorflow"])
+def test_a_stop_while_something_is_imported_is_one_line(
+    module: str, log_format: str, number: signal.Signals, tmp_path: Path
+) -> None:
+    """absl is among the first that are imported, TensorFlow the last, and with json in the child."""
+    (tmp_path / f"{module}.py").write_text(SLOW)
+    process = start_trainer(f"--log_format={log_format}", f"--model_dir={tmp_path}/run", PYTHONPATH=str(tmp_path))
+    assert process.stdout is not None
+    assert "loading" in process.stdout.readline()
+    process.send_signal(number)
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == 143
+    line = f"trainer: {number.name}: stopped; the same command begins again, or goes on from what is saved"
+    if log_format == "text":
+        assert (out, err) == ("", line + "\n")
+    else:
+        found = json.loads(out)
+        assert list(found) == ["severity", "time", "step", "worker", "message"]
+        assert (found["severity"], found["message"], err) == ("WARNING", line, "")
+
+
+def test_a_signal_that_is_ignored_stays_so(tmp_path: Path) -> None:
+    """As in `nohup` and in the background of a shell's script."""
+    (tmp_path / "absl.py").write_text(SLOW)
+    program = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); from trainer.__main__ import main; main()"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, env=environment)
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(1)
+    process.kill()
+    process.communicate()
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    old = {number: signal.getsignal(number) for number in startup.STOPS}
+    yield
+    for number, handler in old.items():
+        signal.signal(number, handler)
+
+
+ADVICE = "; let user {} read and write there, or choose another place"
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "advice"),
+    [
+        (errno.EACCES, 2, ADVICE),
+        (errno.EPERM, 2, ADVICE),
+        (errno.EROFS, 2, ADVICE),
+        (errno.ENOSPC, 1, ""),
+        (errno.EIO, 1, ""),
+    ],
+)
+def test_an_error_of_the_system_is_a_line_with_advice(
+    number: int, code: int, advice: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], handlers: None
+) -> None:
+    def fails(argv: list[str]) -> str:
+        raise OSError(number, os.strerror(number), "/x")
+
+    monkeypatch.setattr(entry, "run", fails)
+    assert entry.told(["trainer"]) == code
+    user = f"{os.getuid()}:{os.getgid()}"
+    assert capsys.readouterr().err == f"trainer: /x: {os.strerror(number)}{advice.format(user)}\n"
+
+
+@pytest.mark.parametrize(
+    ("told", "devices", "answers", "said"),
+    [
+        ({}, ["accel0"], True, ""),
+        ({}, ["vfio/0"], True, ""),
+        ({}, [], True, "no TPU is visible"),
+        ({}, ["vfio/vfio", "accelerator"], True, "no TPU is visible"),
+        ({}, ["accel0"], False, "the metadata server of Google Cloud does not answer"),
+        ({"TPU_NAME": "local"}, [], False, "no TPU is visible"),
+        ({"TPU_WORKER_ID": "0"}, [], False, ""),
+        ({"TPU_SKIP_MDS_QUERY": "false"}, [], False, ""),
+    ],
+)
+def test_libtpu_asks_for_a_tpu_only_where_there_can_be_an_answer(
+    told: dict[str, str], devices: list[str], answers: bool, said: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    for name in devices:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    find, environment = startup._devices_of_a_tpu, dict(told)
+    monkeypatch.setattr(startup, "_devices_of_a_tpu", lambda: find(tmp_path))
+    monkeypatch.setattr(startup, "_metadata_server_answers", lambda: answers)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "libtpu" or None)
+    monkeypatch.setattr("os.environ", environment)
+    logging.getLogger("trainer").propagate = True
+    startup.look_for_no_tpu_in_vain()
+    assert environment == told | ({"TPU_SKIP_MDS_QUERY": "1"} if said else {})
+    assert (said in caplog.text) if said else not caplog.records
+
+
+def test_where_there_is_no_software_for_tpus_nothing_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.environ", {})
+    startup.look_for_no_tpu_in_vain()
+    assert os.environ == {}
 
 
 def test_of_several_workers_only_the_chief_runs_another_command(tmp_path: Path) -> None:

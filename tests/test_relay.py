@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from tests.conftest import SMALL, run_trainer, start_trainer
 from trainer import relay
 from trainer.data import records
 from trainer.relay import entries
+from trainer.runtime.logs import Where, entry
 
 FIELDS = ["severity", "time", "step", "worker", "message"]
 
@@ -71,12 +73,15 @@ def test_a_signal_passes_through_and_its_answer_comes_out(number: signal.Signals
     process.send_signal(number)
     rest = process.stdout.read()
     assert process.wait(60) == 143
-    assert f"trainer: {number.name}: stopped" in str(objects(rest)[-1]["message"])
+    last = objects(rest)[-1]
+    assert f"trainer: {number.name}: stopped" in str(last["message"])
+    assert last["severity"] == "WARNING"
 
 
 CRASHES = """
 import os, sys
 sys.stderr.write("E0000 00:00:1795310650.782287    9332 port.cc:153] out of memory\\n")
+sys.stderr.write("Check failed\\n    @ 0x1 main\\n")
 sys.stderr.write("Traceback (most recent call last):\\n  File 'x', line 1\\n\\nValueError: no\\nafter\\n")
 sys.stderr.flush()
 os.abort()
@@ -96,7 +101,14 @@ class Relayed:
 
 
 @pytest.fixture
-def relayed(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Relayed]:
+def where() -> Iterator[None]:
+    """What lines say of step and worker is kept for lines that do not."""
+    yield
+    Where.step, Where.worker = None, 0
+
+
+@pytest.fixture
+def relayed(where: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Relayed]:
     old = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield Relayed(monkeypatch, capfd)
     for number, handler in old.items():
@@ -108,13 +120,62 @@ def test_a_process_that_dies_in_c_is_told_of(relayed: Relayed) -> None:
     assert code == 128 + signal.SIGABRT
     assert [(line["severity"], line["message"]) for line in lines] == [
         ("ERROR", "out of memory"),
+        ("ERROR", "Check failed"),
+        ("ERROR", "    @ 0x1 main"),
         ("ERROR", "Traceback (most recent call last):\n  File 'x', line 1\n\nValueError: no"),
         ("INFO", "after"),
         ("CRITICAL", "trainer: SIGABRT ended the process; the same command goes on from what is saved"),
     ]
 
 
+def test_a_process_that_is_killed_may_have_had_too_little_memory(relayed: Relayed) -> None:
+    code, lines = relayed("import os; os.kill(os.getpid(), 9)")
+    assert code == 137
+    line = "trainer: SIGKILL ended the process; too little memory? raise the limit; the same command goes on from what is saved"
+    assert [(found["severity"], found["message"]) for found in lines] == [("CRITICAL", line)]
+
+
+HAS_NO_HANDLER = """
+import os, signal, time
+from trainer.relay import stop_with_the_relay
+stop_with_the_relay()
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.kill(os.getppid(), {})
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_that_was_passed_on_is_a_stop_even_if_it_kills(number: signal.Signals, relayed: Relayed) -> None:
+    code, lines = relayed(HAS_NO_HANDLER.format(int(number)))
+    assert code == 143
+    line = f"trainer: {number.name}: stopped; the same command begins again, or goes on from what is saved"
+    assert [(found["severity"], found["message"]) for found in lines] == [("WARNING", line)]
+
+
+GOES_ON = """
+import sys
+from trainer import relay
+relay.CHILD = "import pathlib, sys; [print(n) for n in range(20000)]; pathlib.Path(sys.argv[1]).touch(); sys.exit(5)"
+sys.exit(relay.relay(sys.argv))
+"""
+
+
+def test_a_reader_who_goes_away_does_not_end_the_child(tmp_path: Path) -> None:
+    """As in `trainer --log_format=json | head -1`."""
+    command = [sys.executable, "-c", GOES_ON, str(tmp_path / "done")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.readline()
+    process.stdout.close()
+    said = process.stderr.read()
+    assert (process.wait(60), "Traceback" in said) == (5, False), said
+    assert (tmp_path / "done").exists()
+
+
 LIBRARIES_SPEAK = """
+import warnings
 from trainer import commands
 from trainer.__main__ import relayed
 from trainer.runtime.logs import Where
@@ -133,6 +194,7 @@ def begin_and_speak(values):
         tf.io.read_file("/no/such/file")  # C++ warns
     except tf.errors.NotFoundError:
         pass
+    warnings.warn("Python warns\\nin two lines")
 
 commands._begin = begin_and_speak
 relayed()
@@ -154,6 +216,9 @@ def test_lines_of_absl_and_of_tensorflow_are_one_object_each(relayed: Relayed, m
     severity, step, worker, message = told[4]
     assert (severity, step, worker) == ("WARNING", 7, 3)
     assert str(message).startswith("OP_REQUIRES failed at whole_file_read_ops.cc:")
+    severity, step, worker, message = told[5]
+    assert (severity, step, worker) == ("WARNING", 7, 3)
+    assert "UserWarning: Python warns\nin two lines" in str(message)
 
 
 def test_at_a_start_as_text_nobody_but_the_trainer_speaks(tmp_path: Path) -> None:
@@ -173,11 +238,34 @@ def test_at_a_start_as_text_nobody_but_the_trainer_speaks(tmp_path: Path) -> Non
         ("2026-11-22 04:54:07.720684: W tensorflow/core/framework/op_kernel.cc:1855] slow", "WARNING", "slow"),
         ("2026-11-22 04:54:07.720684: E external/local_xla/xla/a-b.cc:7] no", "ERROR", "no"),
         ("trainer: --set x: no", "ERROR", "trainer: --set x: no"),
+        ("trainer: SIGTERM: stopped; step 3 is saved", "WARNING", "trainer: SIGTERM: stopped; step 3 is saved"),
+        ("trainer: a signal to another worker: stopped; x", "WARNING", "trainer: a signal to another worker: stopped; x"),
         ('{"a": 1}', "INFO", '{"a": 1}'),
+        ('{"severity": "ERROR", "message": "m"}', "INFO", '{"severity": "ERROR", "message": "m"}'),
         ("12", "INFO", "12"),
-        ('{"severity": "WARNING", "message": "m", "step": 7, "worker": 1}', "WARNING", "m"),
+        ('{"severity": "WARNING", "time": "t", "step": 7, "worker": 1, "message": "m"}', "WARNING", "m"),
     ],
 )
-def test_a_line_gets_the_severity_that_it_has(line: str, severity: str, message: str) -> None:
+def test_a_line_gets_the_severity_that_it_has(line: str, severity: str, message: str, where: None) -> None:
     (found,) = entries([line + "\n"])
     assert (found["severity"], found["message"]) == (severity, message)
+
+
+def said(*lines: str) -> list[tuple[str, str]]:
+    return [(found["severity"], found["message"]) for found in entries(f"{line}\n" for line in lines)]
+
+
+OWN = json.dumps(entry("INFO", "step 1"))
+
+
+def test_an_object_inside_a_traceback_is_an_object_of_its_own(where: None) -> None:
+    """Another thread's line, or one of C++."""
+    traceback = ("Traceback (most recent call last):", "  File 'x', line 1", "ValueError: no")
+    mixed = said(*traceback[:2], OWN, "W0000 00:00:1795310650.782287    9332 port.cc:153] slow", traceback[2])
+    assert mixed == [("INFO", "step 1"), ("WARNING", "slow"), ("ERROR", "\n".join(traceback))]
+
+
+def test_further_lines_have_the_severity_of_the_message_before(where: None) -> None:
+    lines = ("E0000 00:00:1795310650.782287    9332 x.cc:1] no", "because", "of this", OWN, "a line")
+    assert [severity for severity, _ in said(*lines)] == ["ERROR", "ERROR", "ERROR", "INFO", "INFO"]
+    assert [severity for severity, _ in said("Fatal Python error: Aborted", "Current thread:")] == ["ERROR", "ERROR"]

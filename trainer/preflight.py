@@ -3,17 +3,16 @@
 Only buckets are looked at: of a folder of this machine the run itself finds out as fast.
 """
 
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from trainer.data import records
+from trainer.runtime import files
 from trainer.storage.bucket import BucketPath
 from trainer.storage.places import Place
 from trainer.storage.service import Patience
 
 PATIENCE_SECONDS = 60.0
-PROBE = ".preflight-"
 
 
 def preflight(data: Place | None, places: list[Place]) -> None:
@@ -34,15 +33,7 @@ def preflight(data: Place | None, places: list[Place]) -> None:
             records.read_one(data, manifest)
         for folder in places:
             if isinstance(folder, BucketPath):
-                probe(folder)
-
-
-def probe(folder: BucketPath) -> None:
-    """List a folder, and write and remove an object in it."""
-    folder.is_dir()
-    file = folder / f"{PROBE}{secrets.token_hex(6)}"
-    file.write_bytes(b"written by trainer to see whether it may; it can be removed")
-    file.unlink(missing_ok=True)
+                files.try_out(folder)
 
 
 @contextmanager

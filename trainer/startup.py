@@ -25,15 +25,16 @@ _METADATA_SERVER = ("metadata.google.internal", 80)
 _METADATA_SECONDS = 3.0  # it is next door, and answers in milliseconds where there is one
 
 
-def _leave(number: int, descriptor: int, *, as_json: bool = False) -> NoReturn:
+def _leave(number: int, descriptor: int | None, *, as_json: bool = False) -> NoReturn:
     """End the process with one line; it may be in the middle of an import, so nothing is imported and nothing raised here."""
     line = f"trainer: {signal.Signals(number).name}: stopped; the same command begins again, or goes on from what is saved"
     if as_json:
         now = time.time()
         moment = f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(now))}.{int(now % 1 * 1000):03d}Z"
         line = f'{{"severity": "WARNING", "time": "{moment}", "step": null, "worker": 0, "message": "{line}"}}'
-    with suppress(OSError):
-        os.write(descriptor, f"{line}\n".encode())
+    if descriptor is not None:
+        with suppress(OSError):
+            os.write(descriptor, f"{line}\n".encode())
     os._exit(ExitCode.STOPPED)
 
 
@@ -91,7 +92,7 @@ def _signals_for_one_thread(stderr: int) -> Iterator[None]:
 
     def wait() -> None:
         if (number := signal.sigwait({*heard, _LOADED})) != _LOADED:
-            _leave(number, stderr if number in spoken else os.open(os.devnull, os.O_WRONLY))
+            _leave(number, stderr if number in spoken else None)
 
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {*STOPS, _LOADED})
     thread = threading.Thread(target=wait, name="stop-while-loading", daemon=True)

@@ -160,7 +160,7 @@ def test_a_refused_save_leaves_the_older_ones(folder: BucketPath, bucket_service
     checkpoints = BucketCheckpoints(folder / "checkpoints", 2, Lease(folder / ".lease", this_process()).take())
     state = saved(checkpoints, 10)
     bucket_service.faults(refuse(forbidden(), "POST", r"\.data-"))
-    with pytest.raises(BucketRefusedError, match="storage.objects.create"):
+    with pytest.raises(BucketRefusedError, match=r"storage\.objects\.create"):
         checkpoints.save(state, 20)
     bucket_service.faults()
     assert BucketCheckpoints(folder / "checkpoints", 2).choose("newest").step == 10

@@ -52,7 +52,7 @@ def up(folder: Path, url: str) -> BucketPath:
 
 
 def to_bucket(source: object, url: str, **more: object) -> Options:
-    return replace(options(str(source), Path(), shard_bytes=SHARD_BYTES, **more), output=parse(url))
+    return replace(options(str(source), Path(), **({"shard_bytes": SHARD_BYTES} | more)), output=parse(url))
 
 
 def manifest_of(folder: Path | BucketPath) -> dict[str, object]:
@@ -86,10 +86,10 @@ def test_to_a_bucket_it_is_the_same_data_set_and_prepared_again_it_is_done(
     assert f"next: trainer --data_dir={bucket}/sets/data" in closing
     need_equal(parse(f"{bucket}/sets/data"), local)
     writes = [entry.path for entry in bucket_service.requests() if entry.method == "POST"]
-    assert writes[0].endswith(PARTIAL_MARK)
-    assert writes[-1].endswith("ifGenerationMatch=0&name=sets/data/dataset.json") or "dataset.json" in writes[-1]
+    assert PARTIAL_MARK in writes[0]
+    assert "dataset.json" in writes[-1]
     assert "ifGenerationMatch=0" in writes[-1]
-    assert downloads(bucket_service, "") == [], "nothing is read back"
+    assert downloads(bucket_service, "tfrecord") == [], "nothing is read back"
     assert list(tmp_path.iterdir()) == []
     bucket_service.clear()
     assert "is prepared already, from the same pictures" in prepare(wanted, 1)
@@ -303,9 +303,11 @@ def test_disk_is_needed_for_a_few_shards_only(
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    prepare(to_bucket(pictures, f"{bucket}/data", percent=(100, 0, 0), shard_bytes=5_000), 1)
-    ended.set()
-    watcher.join()
+    try:
+        prepare(to_bucket(pictures, f"{bucket}/data", percent=(100, 0, 0), shard_bytes=5_000), 1)
+    finally:
+        ended.set()
+        watcher.join()
     assert len(records.read_manifest(parse(f"{bucket}/data")).splits["train"]) > 3 * UPLOADS
     assert 0 < most[0] <= UPLOADS + 1
 

@@ -1,5 +1,6 @@
 import json
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ def folder(tmp_path: Path) -> RunFolder:
 
 def test_second_process_is_kept_out_and_told_by_whom(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_folder, "LOCK_SECONDS", 0.3)
-    with pytest.raises(UserError, match=rf"process {os.getpid()} is training in it"):
+    with pytest.raises(UserError, match=rf"process {os.getpid()} on {socket.gethostname()} is training in it"):
         RunFolder(folder.path).claim()
 
 

@@ -1,4 +1,4 @@
-"""Summaries, pictures, files, meter and progress."""
+"""Summaries, pictures, files, meter, progress, cores and versions."""
 
 import io
 import logging
@@ -9,9 +9,13 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from trainer.runtime import files, meter, pictures
+from trainer.config import RuntimeConfig
+from trainer.cores import quota, usable_cores
+from trainer.data.workers import Workers
+from trainer.runtime import files, meter, pictures, strategy
 from trainer.runtime.progress import Progress
 from trainer.runtime.summaries import Summaries
+from trainer.runtime.versions import warn_of_changes, with_earlier
 
 
 def steps_in(folder: Path) -> list[tuple[int, str, float]]:
@@ -119,3 +123,80 @@ def test_on_a_terminal_progress_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_the_speed_of_a_disk_is_measured_and_nothing_left(tmp_path: Path) -> None:
     assert files.write_speed(tmp_path / "not" / "there") > 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "cores"),
+    [
+        ("cpu.max", "100000 100000\n", 1),
+        ("cpu.max", "150000 100000\n", 2),
+        ("cpu.max", "50000 100000\n", 1),
+        ("cpu.max", "400000 100000\n", 4),
+        ("cpu.max", "max 100000\n", None),
+        ("cpu.max", "", None),
+        ("cpu.max", "-1 -1", None),
+        ("cpu/cpu.cfs_quota_us", "250000\n", 3),
+        ("cpu/cpu.cfs_quota_us", "-1\n", None),
+        ("cpu/cpu.cfs_quota_us", "much\n", None),
+    ],
+)
+def test_the_limit_of_a_container_in_cores(file: str, content: str, cores: int | None, tmp_path: Path) -> None:
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
+    (tmp_path / file).write_text(content)
+    assert quota(tmp_path) == cores
+
+
+def test_no_limit_is_no_limit(tmp_path: Path) -> None:
+    assert quota(tmp_path) is None
+
+
+@pytest.mark.parametrize(("limit", "cores"), [(None, 8), (3, 3), (64, 8), (1, 1)])
+def test_threads_and_processes_are_as_many_as_can_compute(limit: int | None, cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[int] = []
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)))
+    monkeypatch.setattr("os.cpu_count", lambda: 96)
+    monkeypatch.setattr("trainer.cores.quota", lambda: limit)
+    monkeypatch.setattr("tensorflow.config.threading.set_intra_op_parallelism_threads", threads.append)
+    monkeypatch.setattr("tensorflow.config.threading.set_inter_op_parallelism_threads", threads.append)
+    assert usable_cores() == cores
+    assert strategy.configure_threads(RuntimeConfig()) == cores
+    assert threads == [cores, cores]
+    assert Workers(0)._processes == cores
+    assert strategy.configure_threads(RuntimeConfig(threads=5)) == 5
+
+
+@pytest.mark.parametrize(
+    ("changed", "lines"),
+    [
+        ({"image": "b"}, [("INFO", "since the run began: image a -> b")]),
+        ({"image": "b", "revision": "2"}, [("INFO", "since the run began: image a -> b, revision 1 -> 2")]),
+        ({"threads": "4"}, [("WARNING", "since the run began: threads 2 -> 4; results will agree to rounding, not bit for bit")]),
+        ({}, []),
+    ],
+)
+def test_another_image_changes_no_bits(
+    changed: dict[str, str], lines: list[tuple[str, str]], caplog: pytest.LogCaptureFixture
+) -> None:
+    logging.getLogger("trainer").propagate = True
+    before = {"threads": "2", "image": "a", "revision": "1"}
+    with caplog.at_level(logging.INFO):
+        warn_of_changes(before, before | changed)
+    assert [(record.levelname, record.message) for record in caplog.records] == lines
+
+
+@pytest.mark.parametrize(
+    ("now", "image", "revision"),
+    [
+        ({}, "a", "1"),
+        ({"revision": "1"}, "a", "1"),
+        ({"revision": "2"}, None, "2"),
+        ({"image": "b"}, "b", None),
+        ({"image": "b", "revision": "2"}, "b", "2"),
+    ],
+)
+def test_what_a_start_is_not_told_of_its_image_stays_as_it_was(
+    now: dict[str, str], image: str | None, revision: str | None
+) -> None:
+    kept = with_earlier({"image": "a", "revision": "1", "threads": "2"}, {"threads": "4", **now})
+    assert (kept.get("image"), kept.get("revision"), kept["threads"]) == (image, revision, "4")

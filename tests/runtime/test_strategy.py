@@ -1,5 +1,7 @@
 """Which strategy is chosen, as a table; the switches that reach TensorFlow, in processes of their own."""
 
+import logging
+import os
 import subprocess
 import sys
 
@@ -48,6 +50,38 @@ def test_a_strategy_of_one_process_is_refused_among_several_workers(wanted: str)
 def test_several_workers_are_refused_where_none_are_named() -> None:
     with pytest.raises(UserError, match=r"^--strategy=multi_worker_mirrored: the environment names no workers; set TF_CONFIG"):
         choose("multi_worker_mirrored", ALONE, Devices(2, 0, 1))
+
+
+NO_GPU = Devices(0, 0, 1, gpus_missing=True)
+
+
+def test_software_for_gpus_without_a_gpu_is_no_way_to_mirror() -> None:
+    line = (
+        "--strategy=mirrored: TensorFlow was built for GPUs, but sees none: is the NVIDIA driver on the host, and the container "
+        "run with --gpus all? --set runtime.cpu_devices=2 or CUDA_VISIBLE_DEVICES= asks for the CPU"
+    )
+    with pytest.raises(UserError) as caught:
+        choose("mirrored", ALONE, NO_GPU)
+    assert str(caught.value) == line
+
+
+@pytest.mark.parametrize(
+    ("wanted", "cluster", "devices", "warns"),
+    [
+        ("auto", ALONE, NO_GPU, True),
+        ("one_device", ALONE, NO_GPU, True),
+        ("multi_worker_mirrored", SEVERAL, NO_GPU, True),
+        ("tpu", ALONE, NO_GPU, False),
+        ("auto", ALONE, Devices(0, 0, 1), False),
+    ],
+)
+def test_software_for_gpus_without_a_gpu_is_warned_of(
+    wanted: str, cluster: Cluster, devices: Devices, warns: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    logging.getLogger("trainer").propagate = True
+    choose(wanted, cluster, devices)
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * warns
+    assert ("--gpus all" in caplog.text and "NVIDIA driver" in caplog.text) == warns
 
 
 @pytest.mark.parametrize(
@@ -110,3 +144,27 @@ assert devices.mirrored == ["CPU:0", "CPU:1", "CPU:2"], devices
 def test_the_switches_reach_tensorflow() -> None:
     done = subprocess.run([sys.executable, "-c", SWITCHES], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+MISSING = """
+import sys
+import tensorflow as tf
+from trainer.config import RuntimeConfig
+from trainer.runtime.strategy import configure_devices
+tf.test.is_built_with_cuda = lambda: sys.argv[1] == "cuda"
+print(configure_devices(RuntimeConfig(cpu_devices=int(sys.argv[2]))).gpus_missing)
+"""
+
+
+@pytest.mark.parametrize(
+    ("built", "cpu_devices", "visible", "missing"),
+    [("cuda", 1, None, True), ("cuda", 1, "0", True), ("cuda", 1, "", False), ("cuda", 2, None, False), ("cpu", 1, None, False)],
+)
+def test_gpus_are_missing_where_nobody_asked_for_the_cpu(
+    built: str, cpu_devices: int, visible: str | None, missing: bool
+) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    environment |= {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    command = [sys.executable, "-c", MISSING, built, str(cpu_devices)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.stdout == f"{missing}\n", done.stderr

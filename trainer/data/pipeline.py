@@ -115,10 +115,19 @@ class PairData:
             whole = order.epoch_order(self.train.examples, self._config.seed, epoch, size)
             return np.asarray(whole[first:last, own.start : own.stop], np.int64).ravel()
 
-        neighbours = order.chunk_size(self.train.examples)
-        at_once = len(own) * (max(order.WINDOW // size, neighbours) + neighbours // 2)
-        run = run_length(neighbours, at_once, self.train.mean_bytes, self.train.room)
+        run = run_length(*self._runs_in_use(len(own)), self.train.mean_bytes, self.train.room)
         return self.train.noting(self.train.reader(needs, run, first_step // max(1, steps)))
+
+    def _runs_in_use(self, own: int) -> tuple[Sequence[int], int]:
+        """The lengths that runs of neighbours may have, and how many records those in use at a time hold together.
+
+        A perfect shuffle uses all of them at a time; else those of the windows, and of the chunks that begin or end there.
+        """
+        neighbours = order.chunk_size(self.train.examples)
+        if neighbours == 1:
+            return range(self.train.usual_run, 0, -1), own * self.steps_per_epoch
+        steps = max(order.WINDOW // self._config.train.batch_size, neighbours) + neighbours // 2
+        return [length for length in range(neighbours, 0, -1) if neighbours % length == 0], own * steps
 
     def training_batches(
         self, first_step: int, last_step: int | None = None, *, places: range | None = None, replicas: int = 1
@@ -204,22 +213,21 @@ class PairData:
             raise damage from error
 
 
-def run_length(neighbours: int, at_once: int, mean_bytes: int, room: int) -> int:
-    """How many of the neighbours in the coarse shuffle a bucket is asked for at once.
+def run_length(lengths: Iterable[int], at_once: int, mean_bytes: int, room: int) -> int:
+    """How many neighbouring records a bucket is asked for at once.
 
-    Runs of r records, used in a shuffled order, leave x - x^r of a window waiting after its part 1 - x, at the most
+    Runs of r records, used in a shuffled order, leave x - x^r of them waiting when x is still to be used, at the most
     where x^(r-1) = 1/r. The longest run is taken that leaves a quarter of the room for reading ahead.
 
     Args:
-        neighbours: records that stay together in the coarse shuffle.
-        at_once: records of all windows that are in use at a time.
+        lengths: what it may be, the longest first.
+        at_once: records in all the runs that are in use at a time.
         mean_bytes: of a record.
         room: bytes that may wait for their use.
     """
-    for run in range(neighbours, 1, -1):
-        most = run ** (-1 / (run - 1))
-        waiting = at_once * mean_bytes * (most - most**run)
-        if neighbours % run == 0 and run * mean_bytes <= RUN_BYTES and waiting <= room * 3 / 4:
+    for run in lengths:
+        most = run ** (-1 / (run - 1)) if run > 1 else 1.0
+        if run * mean_bytes <= RUN_BYTES and at_once * mean_bytes * (most - most**run) <= room * 3 / 4:
             return run
     return 1
 

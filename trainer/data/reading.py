@@ -213,6 +213,7 @@ class ReadAhead:
         if at > self._reached:
             with self._lists:
                 self._reached = max(self._reached, at)
+                self._ahead_in = max(self._ahead_in, at)
                 for old in [number for number in self._open if number < self._reached - 1]:
                     self._drop(old)
         return needs
@@ -252,8 +253,17 @@ class ReadAhead:
             threading.Thread(target=self._run, name="bucket-reader", daemon=True).start()
 
     def _run(self) -> None:
-        while job := self._job():
-            job()
+        """The life of a thread. An error that nobody foresaw ends it, with its traceback, and another takes its place."""
+        broken = True
+        try:
+            while job := self._job():
+                job()
+            broken = False
+        finally:
+            if broken:
+                with self._work:
+                    self._threads -= 1
+                    self._stir()
 
     def _job(self) -> Job | None:
         """The next thing to do; None after some seconds without any, and the thread ends."""

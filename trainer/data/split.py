@@ -130,7 +130,7 @@ class Split:
     def in_turn(self, numbers: Iterable[int]) -> Reader:
         """What reads list 0, these records, which are asked for in about this order."""
         listed = np.array(list(numbers), np.int64)
-        return self._reader(lambda _: listed, self.usual_run, 0, self._means.room // LIST_SHARE)
+        return self._reader(lambda at: listed[: 0 if at else None], self.usual_run, 0, self._means.room // LIST_SHARE)
 
     @property
     def usual_run(self) -> int:

@@ -82,8 +82,7 @@ class Checkpoints:
         try:
             self._write(state, step, pending)
         except (OSError, tf.errors.OpError) as error:
-            reason = error.strerror if isinstance(error, OSError) else error.message.splitlines()[0]
-            raise TrainerError(f"{self.folder}: the checkpoint of step {step} could not be saved: {reason}") from error
+            raise TrainerError(f"{self.folder}: the checkpoint of step {step} could not be saved: {_why(error)}") from error
         self.clean()
 
     def _no_longer_kept(self, markers: list[Marker]) -> list[int]:
@@ -167,6 +166,14 @@ class Checkpoints:
     def mark_best(self, step: int | None, l1: float | None) -> None:
         """Note which step is the best so far; None takes the note away."""
         self._ledger.mark_best(step, l1)
+
+
+def _why(error: OSError | tf.errors.OpError) -> str:
+    """The reason in a few words; TensorFlow's own are many, and a full disk is the usual one."""
+    text = error.strerror or str(error) if isinstance(error, OSError) else error.message.splitlines()[0]
+    if "No space left" in text:
+        return "no space left there (or in TMPDIR, for a bucket); free some, or lower train.keep, and give the same command again"
+    return re.sub(r"\{\{.*?\}\}|\[Op:.*?\]", "", text).strip()
 
 
 class BucketCheckpoints(Checkpoints):

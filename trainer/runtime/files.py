@@ -14,6 +14,7 @@ from trainer.storage.places import Place
 from trainer.storage.transfer import replace_folder
 
 PROBE_MEBIBYTES = 64
+PROBE = ".preflight-"
 TEMPORARY = ".writing-"  # and not the file's own name: TensorBoard reads whatever has `tfevents` in it
 
 
@@ -59,6 +60,14 @@ def _upload_speed(folder: BucketPath) -> float:
         seconds = time.perf_counter() - began
     probe.unlink(missing_ok=True)
     return size / 1e6 / seconds
+
+
+def try_out(folder: BucketPath) -> None:
+    """List a folder, and write and remove an object in it, to see whether that is allowed."""
+    folder.is_dir()
+    file = folder / f"{PROBE}{secrets.token_hex(6)}"
+    file.write_bytes(b"written by trainer to see whether it may; it can be removed")
+    file.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -149,7 +149,7 @@ class Lease:
             self._generation = state.generation if state else 0
             return None
         if before is not None and state.generation != before.generation:
-            raise UserError(f"{self._place.parent}: {self._holder()} is training in it; choose another --model_dir")
+            raise UserError(f"{self._place.parent}: {self._holder()} is training in it; stop it or choose another --model_dir")
         if before is None:
             log.warning("%s: held by %s; waiting to see whether it is alive", self._place, self._holder())
         return state

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 from tqdm import tqdm
 
-
 FIELDS = ("severity", "time", "step", "worker", "message")
 
 

@@ -10,6 +10,7 @@ import json
 import os
 import secrets
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -101,7 +102,9 @@ class RunFolder:
             self._lock = self._take_lock(self.here / ".lock", seconds)
             self._sweep()
         except OSError as error:
-            raise UserError(f"{self.path}: cannot write there ({error.strerror}); choose another --model_dir") from error
+            whom = f"user {os.getuid()}:{os.getgid()}"
+            advice = f"let {whom} write there, or choose another --model_dir"
+            raise UserError(f"{self.path}: cannot write there ({error.strerror}); {advice}") from error
         return self
 
     def _sweep(self) -> None:
@@ -121,11 +124,13 @@ class RunFolder:
                 if time.monotonic() > deadline:
                     lock.seek(0)
                     owner = lock.readline().strip() or "unknown"
-                    raise UserError(f"{self.path}: process {owner} is training in it; choose another --model_dir") from error
+                    raise UserError(
+                        f"{self.path}: process {owner} is training in it; stop it or choose another --model_dir"
+                    ) from error
                 time.sleep(0.1)
         self.token = secrets.token_hex(8)
         lock.truncate(0)
-        lock.write(f"{os.getpid()}\n{self.token}\n")
+        lock.write(f"{os.getpid()} on {socket.gethostname()}\n{self.token}\n")
         lock.flush()
         return lock
 

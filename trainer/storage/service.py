@@ -10,10 +10,11 @@ import re
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import google.auth.exceptions
 import requests
+import urllib3.exceptions
 from google.api_core import exceptions
 from google.api_core.retry import Retry
 from google.cloud import storage
@@ -40,6 +41,7 @@ _TEMPORARY = (
     requests.Timeout,
     requests.exceptions.ChunkedEncodingError,
     requests.exceptions.ContentDecodingError,
+    urllib3.exceptions.HTTPError,  # a body that is cut while it is read as it is, which `requests` does not translate
     google.auth.exceptions.GoogleAuthError,
     DataCorruption,
 )
@@ -116,6 +118,8 @@ def patiently(action: Callable[[], Result], what: str, seconds: float | None = N
     retry = Retry(may_pass, FIRST_WAIT, LONGEST_WAIT, 2.0, limit, on_error=complaint.note)
     try:
         result = retry(action)()
+        complaint.take_back()
+        return result
     except exceptions.RetryError as error:
         advice = f"tried for {limit:.0f} s; run this again when the bucket answers"
         raise BucketAwayError(f"{what}: {reason(error.cause or error)} ({advice})") from error
@@ -125,8 +129,8 @@ def patiently(action: Callable[[], Result], what: str, seconds: float | None = N
         raise _missing(error, what) from error
     except exceptions.GoogleAPICallError as error:
         raise BucketRefusedError(refusal(error, what)) from error
-    complaint.take_back()
-    return result
+    finally:
+        complaint.end()
 
 
 def going_on_for(seconds: float) -> Retry:
@@ -135,24 +139,34 @@ def going_on_for(seconds: float) -> Retry:
 
 
 class _Complaint:
-    """What is said while a request is tried again and again: once when it lasts, and once when it is over."""
+    """What is said while a request is tried again and again: once when it lasts, and once when it is over.
+
+    Of many requests that fail at the same time, one speaks for its bucket.
+    """
+
+    _speakers: ClassVar[dict[str, "_Complaint"]] = {}
 
     def __init__(self, what: str, limit: float, *, silent: bool) -> None:
         self._what, self._limit, self._silent = what, limit, silent
+        self._bucket = "/".join(what.split("/")[:3])
         self._since: float | None = None
-        self._spoke = False
 
     def note(self, error: Exception) -> None:
         self._since = self._since or time.monotonic()
         lasts = time.monotonic() - self._since > min(SAY_AFTER_SECONDS, self._limit / 2)
         due = lasts or isinstance(error, google.auth.exceptions.GoogleAuthError)
-        if due and not self._spoke and not self._silent:
-            self._spoke = True
+        if due and not self._silent and self._speakers.get(self._bucket) is None:
+            self._speakers[self._bucket] = self
             log.warning("%s: %s; trying again for up to %.0f s", self._what, reason(error), self._limit)
 
     def take_back(self) -> None:
-        if self._spoke and self._since is not None:
+        if self._speakers.get(self._bucket) is self and self._since is not None:
             log.info("%s: answers again, after %.0f s", self._what, time.monotonic() - self._since)
+
+    def end(self) -> None:
+        """Let another request speak when this one is over, in whatever way."""
+        if self._speakers.get(self._bucket) is self:
+            del self._speakers[self._bucket]
 
 
 def _missing(error: exceptions.NotFound, what: str) -> Exception:
@@ -182,11 +196,12 @@ def reason(error: BaseException) -> str:
         return f"the credentials do not work: {said(error)[:200]}"
     if isinstance(error, exceptions.GoogleAPICallError):
         return f"the service answers {error.code} ({said(error)[:200]})"
-    if isinstance(error, requests.Timeout):
+    if isinstance(error, (requests.Timeout, urllib3.exceptions.TimeoutError)):
         return f"no answer for {STALL_SECONDS:.0f} s"
     if isinstance(error, DataCorruption):
         return "the bytes that arrived do not match their checksum"
-    return "the connection fails" if isinstance(error, requests.ConnectionError) else str(error)
+    cut = isinstance(error, (requests.ConnectionError, urllib3.exceptions.HTTPError))
+    return "the connection fails" if cut else str(error)
 
 
 def refusal(error: exceptions.GoogleAPICallError, what: str) -> str:

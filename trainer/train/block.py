@@ -75,7 +75,7 @@ def stamped(batches: tf.data.Dataset) -> tf.data.Dataset:
 
 
 def fetch(strategy: tf.distribute.Strategy, state: TrainState, batches: Batches) -> Batch:
-    """The next batch; how much later it was ready than the devices is added to `state.waited`. Runs inside the graph, on the host.
+    """The next batch; how much later it was ready than the devices is added to `state.waited`. Runs in the graph, on the host.
 
     The loop begins a step when it has the last one's result on the host, so on a GPU too the devices are ready at the end of
     that step and not of its enqueueing. A clock has no input: the control edge holds it in its place.

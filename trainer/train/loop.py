@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from trainer.errors import DataError, DivergedError, StoppedError
 from trainer.runtime.ledger import Marker
+from trainer.runtime.logs import Where
 from trainer.runtime.preemption import StopSignal
 from trainer.runtime.progress import Progress
 from trainer.runtime.run_folder import RunFolder
@@ -66,6 +67,7 @@ def restore(run: Run, newest: Marker | None) -> None:
         run.checkpoints.restore(run.state.checkpoint(), newest)
         run.saved_step, run.saved_pending = newest.step, newest.pending
         done = newest.step - 1 if newest.pending else newest.step
+        Where.step = newest.step
         log.info("going on from the checkpoint of step %d in %s", newest.step, run.checkpoints.folder)
     run.folder.cut_after(done)
     run.summaries.cut_after(done)
