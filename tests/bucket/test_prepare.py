@@ -14,16 +14,20 @@ import pytest
 from tests.bucket.service import BucketService, Fault, Request, forbidden, refuse
 from tests.conftest import run_trainer, start_trainer
 from tests.data.test_prepare import digests, options, spoil
+from tests.data.test_published import Server, archive, server
 from tests.pictures import encode, label, photo, write_pairs
 from trainer.data import prepare as prepare_module
 from trainer.data import records
 from trainer.data.outputs import PARTIAL_MARK
 from trainer.data.prepare import Options, prepare
+from trainer.data.published import fetch
 from trainer.data.sources import list_pairs
 from trainer.errors import BucketAwayError, BucketRefusedError, DataError, UserError
 from trainer.storage.bucket import BucketPath, checksum_of, parse
 from trainer.storage.service import Patience
 from trainer.storage.transfer import UPLOADS, ahead
+
+__all__ = ["archive", "server"]
 
 COUNT, SHARD_BYTES = 40, 20_000
 
@@ -67,9 +71,10 @@ def need_equal(there: BucketPath, folder: Path) -> None:
     assert len(shards) > 3
 
 
-def shards_sent(service: BucketService) -> list[str]:
-    """The shards of which an upload was begun."""
-    sent = [entry.path for entry in service.requests() if entry.method == "POST" and "/upload/" in entry.path]
+def shards_sent(service: BucketService, bucket: str) -> list[str]:
+    """The shards of which an upload to a bucket was begun."""
+    begun = f"/b/{bucket.removeprefix('gs://')}/o"
+    sent = [entry.path for entry in service.requests() if entry.method == "POST" and begun in entry.path]
     return sorted(path.split("name=")[-1].split("/")[-1] for path in sent if path.endswith(".tfrecord"))
 
 
@@ -190,7 +195,7 @@ def test_interrupted_it_goes_on_and_sends_only_what_is_not_there(
     bucket_service.clear()
     prepare(wanted, 1)
     needed = {path.name for path in local.glob("*.tfrecord")} - set(sorted(finished)[1:])
-    assert shards_sent(bucket_service) == sorted(needed)
+    assert shards_sent(bucket_service, bucket) == sorted(needed)
     need_equal(where, local)
 
 
@@ -199,7 +204,7 @@ def test_killed_it_goes_on(pictures: Path, local: Path, bucket_service: BucketSe
     arguments = ("prepare", f"--source={pictures}", f"--output={bucket}/data", "--processes=1", "--shard_mb=1")
     process = start_trainer(*arguments)
     deadline = time.monotonic() + 60
-    while not shards_sent(bucket_service):
+    while not shards_sent(bucket_service, bucket):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -345,3 +350,21 @@ def test_a_signal_ends_it_while_the_bucket_is_away(bucket_service: BucketService
     assert err.strip().splitlines()[-1].startswith("trainer: SIGTERM: stopped")
     _, alive = psutil.wait_procs(family, timeout=10)
     assert alive == []
+
+
+def test_a_published_set_goes_into_a_bucket(
+    server: Server,
+    bucket: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its archive stays in TMPDIR, where an interrupted download goes on."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    wanted = Options("facades", "side_by_side", parse(f"{bucket}/data"))
+    assert f"the archive is kept in {tmp_path}/trainer-" in fetch("facades", wanted, server.url, 1, False)
+    fetch("facades", replace(wanted, output=tmp_path / "local" / "data"), server.url, 1, False)
+    there, here = records.read_manifest(parse(f"{bucket}/data")), records.read_manifest(tmp_path / "local" / "data")
+    assert there == here
+    requests = server.requests
+    assert "is prepared already" in fetch("facades", wanted, server.url, 1, False)
+    assert server.requests == requests

@@ -6,6 +6,7 @@ DOCKER names the command (default `docker`), TRAINER_IMAGE_UNDER_TEST the image 
 import json
 import os
 import re
+import signal
 import subprocess
 import time
 import uuid
@@ -113,6 +114,11 @@ def image() -> dict[str, object]:
     return json.loads(docker("image", "inspect", IMAGE).stdout)[0]
 
 
+@pytest.fixture(scope="module")
+def labels(image: dict[str, dict[str, dict[str, str]]]) -> dict[str, str]:
+    return {name.removeprefix("org.opencontainers.image."): text for name, text in image["Config"]["Labels"].items()}
+
+
 # -- runs
 
 
@@ -132,6 +138,12 @@ def test_two_replicas_on_a_cpu(containers: Containers) -> None:
     _, done = containers.run("--strategy=mirrored", "--set=runtime.cpu_devices=2", *QUICK)
     assert done.returncode == 0, done.stderr
     assert "2 replicas on CPUs" in done.stderr
+
+
+def test_a_limit_of_cpu_is_a_limit_of_threads(containers: Containers) -> None:
+    _, done = containers.run("--strategy=one_device", *QUICK, options=("--cpus=1",))
+    assert done.returncode == 0, done.stderr
+    assert "the CPU, 1 threads" in done.stderr
 
 
 def test_any_user_may_run_it(containers: Containers, tmp_path: Path) -> None:
@@ -156,12 +168,13 @@ def test_your_own_pictures_and_a_folder_for_runs_are_mounted(containers: Contain
     assert owners == {(os.getuid(), os.getgid())}
 
 
-def test_the_image_and_revision_that_ran_are_in_the_config(containers: Containers, tmp_path: Path) -> None:
-    told = ("-e", "TRAINER_IMAGE=trainer@sha256:abc", "-e", "TRAINER_REVISION=0123abc")
-    name, done = containers.run(*QUICK, options=told)
+def test_the_image_and_revision_that_ran_are_in_the_config(
+    containers: Containers, labels: dict[str, str], tmp_path: Path
+) -> None:
+    name, done = containers.run(*QUICK, options=("-e", "TRAINER_IMAGE=trainer@sha256:abc"))
     assert done.returncode == 0, done.stderr
     lines = (copy_run(name, tmp_path / "run") / "config.yaml").read_text().splitlines()
-    assert {"# image: trainer@sha256:abc", "# revision: 0123abc"} <= set(lines)
+    assert {"# image: trainer@sha256:abc", f"# revision: {labels['revision']}"} <= set(lines)
 
 
 # -- stops
@@ -206,11 +219,28 @@ def test_docker_stop_while_tensorflow_loads(containers: Containers) -> None:
     assert done.stderr.strip().splitlines()[-1].startswith("trainer: SIGTERM: stopped; ")
 
 
-def test_docker_stop_at_once(containers: Containers) -> None:
+def wait_for_a_handler(name: str) -> None:
     """Process 1 has no default action for a signal: one that comes before there is a handler is lost."""
-    seconds = stop(name := containers.start("--strategy=mirrored", *LONG))
-    assert ended(name).returncode == 143
-    assert seconds < GRACE_SECONDS
+    status = Path("/proc") / docker("inspect", "--format={{.State.Pid}}", name).stdout.strip() / "status"
+    caught = 0
+    while not caught & 1 << (signal.SIGTERM - 1):
+        found = re.search(r"^SigCgt:\s*(\w+)$", status.read_text(), re.MULTILINE)
+        assert found
+        caught = int(found[1], 16)
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_docker_stop_at_once(log_format: str, containers: Containers) -> None:
+    name = containers.start("--strategy=mirrored", f"--log_format={log_format}", *LONG)
+    wait_for_a_handler(name)
+    seconds = stop(name)
+    done = ended(name)
+    assert (done.returncode, seconds < GRACE_SECONDS) == (143, True)
+    last = (done.stdout + done.stderr).splitlines()[-1]
+    if log_format == "json":
+        assert objects(done)[-1]["severity"] == "WARNING"
+        last = json.loads(last)["message"]
+    assert last.startswith("trainer: SIGTERM: stopped; ")
 
 
 # -- logs and errors
@@ -236,7 +266,20 @@ def test_every_line_is_an_object_when_it_is_stopped_too(containers: Containers) 
     done = ended(name)
     assert done.returncode == 143, done.stdout
     assert seconds < GRACE_SECONDS
-    assert "trainer: SIGTERM: stopped; step " in str(objects(done)[-1]["message"])
+    last = objects(done)[-1]
+    assert (last["severity"], "trainer: SIGTERM: stopped; step " in str(last["message"])) == ("WARNING", True)
+
+
+def test_too_little_memory_is_named_in_objects(containers: Containers) -> None:
+    _, done = containers.run("--log_format=json", "--set=train.steps=5", options=("--memory=300m", "--memory-swap=300m"))
+    assert done.returncode == 137
+    assert "too little memory? raise the limit" in str(objects(done)[-1]["message"])
+
+
+def test_a_place_that_may_not_be_written_is_code_2_with_advice(containers: Containers) -> None:
+    _, done = containers.run("prepare", "--source=/source", "--output=/data/pairs", options=("--volume", f"{SAMPLE}:/source:ro"))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.search(r"^trainer: /data.*; let user 10001:10001 read and write there, or choose another place$", done.stderr)
 
 
 @pytest.mark.parametrize("mistake", ["--set=train.batch=3", "--data_dir=/nothing/here"])
@@ -267,12 +310,9 @@ def test_it_holds_no_cache_and_no_secret(containers: Containers) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_it_is_labelled(image: dict[str, dict[str, dict[str, str]]]) -> None:
-    labels = {name.removeprefix("org.opencontainers.image."): text for name, text in image["Config"]["Labels"].items()}
-    assert labels["title"].startswith("pix2pix-trainer (")
-    assert labels["licenses"] == "Apache-2.0"
-    assert labels["version"]
-    assert labels["revision"]
+def test_it_is_labelled(labels: dict[str, str]) -> None:
+    assert (labels["title"], labels["licenses"], labels["version"]) == ("pix2pix-trainer", "Apache-2.0", __version__)
+    assert re.fullmatch(r"[0-9a-f]{7,40}", labels["revision"])
 
 
 def test_the_package_in_it_is_this_one(containers: Containers) -> None:

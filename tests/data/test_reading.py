@@ -151,7 +151,7 @@ def test_a_full_disk_is_one_line(shards: Shards, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(
-    ("kilobytes", "batch", "own", "run"), [(60, 1, 1, 64), (60, 64, 64, 64), (250, 64, 64, 2), (250, 64, 8, 32), (4000, 1, 1, 1)]
+    ("kilobytes", "batch", "own", "run"), [(60, 1, 1, 64), (60, 64, 64, 64), (250, 64, 64, 4), (250, 64, 8, 32), (4000, 1, 1, 1)]
 )
 def test_runs_are_long_where_what_is_in_use_has_room(kilobytes: int, batch: int, own: int, run: int) -> None:
     at_once = own * (max(4096 // batch, 64) + 32)
@@ -161,11 +161,9 @@ def test_runs_are_long_where_what_is_in_use_has_room(kilobytes: int, batch: int,
 @pytest.mark.parametrize("run", [2, 5, 64])
 def test_the_part_that_waits_is_what_was_worked_out(run: int) -> None:
     """Simulated: runs of a large set are fetched whole when their first record is used."""
-    records_in_all, most = 64 * 500, 0
-    here, used = set(), 0
-    for number in random.Random(1).sample(range(records_in_all), records_in_all):
+    records_in_all, most, here = 64 * 500, 0, set()
+    for used, number in enumerate(random.Random(1).sample(range(records_in_all), records_in_all), 1):
         here.add(number // run)
-        used += 1
         most = max(most, len(here) * run - used)
     room = int(most * 4 / 3)
     assert run_length([run], records_in_all, 1, int(room * 1.02)) == run

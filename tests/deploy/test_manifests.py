@@ -79,6 +79,14 @@ def test_an_image_by_digest_is_what_the_trainer_is_told(overlay: str, tmp_path: 
     assert environment(the_container(resources))["TRAINER_IMAGE"] == f"REGISTRY/trainer@{digest}"
 
 
+@pytest.mark.parametrize("tag", ["1.2", "1234567", "0123abc"])
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_a_tag_that_looks_like_a_number_is_a_tag(overlay: str, tag: str, tmp_path: Path) -> None:
+    resources = edited(tmp_path, overlay, r"(?<=newTag: .)VERSION(?:-gpu)?|(?<=newTag: )VERSION(?:-gpu)?", tag)
+    assert problems(resources) == []
+    assert environment(the_container(resources))["TRAINER_IMAGE"] == f"REGISTRY/trainer:{tag}"
+
+
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_the_trainer_understands_the_arguments(overlay: str) -> None:
     container = the_container(rendered(overlay))

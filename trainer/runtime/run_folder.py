@@ -137,7 +137,7 @@ class RunFolder:
     def is_claimed_with(self, token: str) -> bool:
         """Whether this folder is the one that another process claimed with that token: the same files, seen from here."""
         path, deadline = self.path / self._lock_name, time.monotonic() + SEE_SECONDS
-        while not (path.is_file() and token in path.read_text(encoding="utf-8").split()):
+        while not (path.is_file() and token in path.read_text(encoding="utf-8")):
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.2)
