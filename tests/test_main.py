@@ -48,9 +48,9 @@ def test_data_dir_alone_takes_the_papers_defaults() -> None:
     assert model_dir == Path("runs/run")
 
 
-@pytest.mark.parametrize("flag", ["--data_dir=gs://bucket/x", "--model_dir=gs://bucket/x", "--set=data.dir=gs://b/x"])
-def test_a_bucket_is_refused_and_never_becomes_a_local_folder(flag: str) -> None:
-    with pytest.raises(UserError, match="local folders only"):
+@pytest.mark.parametrize("flag", ["--data_dir=gs:/bucket/x", "--model_dir=gs:bucket/x", "--set=data.dir=s3://b/x"])
+def test_what_looks_like_an_address_never_becomes_a_local_folder(flag: str) -> None:
+    with pytest.raises(UserError, match="allowed: a folder of this machine, or gs://BUCKET/FOLDER"):
         resolve(parse(["trainer", flag])[1])
 
 

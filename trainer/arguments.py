@@ -29,9 +29,9 @@ FLAGS_OF = {
 }
 
 _TEXT: list[tuple[str, str | None, str]] = [
-    ("config", None, "YAML file with settings"),
-    ("data_dir", None, "prepared data set; without one, the packaged sample"),
-    ("model_dir", None, "the run's folder; default runs/NAME-OF-THE-CONFIG"),
+    ("config", None, "YAML file with settings, here or gs://"),
+    ("data_dir", None, "prepared data set, here or gs://; without one, the packaged sample"),
+    ("model_dir", None, "the run's folder, here or gs://; default runs/NAME-OF-THE-CONFIG"),
     ("source", None, "prepare: folder, INPUTS,TARGETS, list file, or the name of a published set"),
     ("input", None, "predict: folder, glob, .txt list, or one picture"),
     ("output", None, "prepare, predict, export: the folder that is made"),

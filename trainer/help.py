@@ -18,6 +18,9 @@ _EXAMPLES = {
                                                    several devices; --strategy=auto takes all there is, and all workers
                                                    that TF_CONFIG, CLUSTER_SPEC or an Indexed Job's variables name
 
+  trainer --data_dir=gs://BUCKET/data --model_dir=gs://BUCKET/run
+                                                   every folder of every command may be in a bucket (docs/buckets.md)
+
 The same command again goes on from the newest checkpoint in the run's folder; Ctrl-C or SIGTERM saves and stops.
 Without --config and --data_dir the sample's own config counts (24 filters, 1,400 steps); else the defaults below do,
 which are the paper's.
@@ -60,7 +63,7 @@ _EXIT_CODES = """Exit codes:
   1    unexpected; worth another try
   2    config, flags or data must change first
   3    the training diverged: a loss or gradient was not finite
-  75   a peer was lost, hangs or never came; run all workers again
+  75   a peer was lost, hangs or never came, or a bucket stayed away; run all workers again
   143  stopped by a signal; the last line says what was saved"""
 
 

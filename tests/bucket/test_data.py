@@ -81,7 +81,8 @@ def batches(data: PairData, first: int, last: int, places: range | None = None) 
 
 def reads(service: BucketService) -> list[Request]:
     """The requests for bytes of shards, since the log was cleared."""
-    return [entry for entry in service.requests() if ".tfrecord" in entry.path and "alt=media" in entry.path]
+    found = [entry for entry in service.requests() if ".tfrecord" in entry.path and "alt=media" in entry.path]
+    return [entry for entry in found if entry.status != 404]  # of an earlier test, whose bucket is gone
 
 
 def ranges(service: BucketService) -> list[tuple[str, int, int]]:
@@ -386,7 +387,6 @@ def test_check_reads_all_of_a_bucket_once(sample_folder: Path, sample_there: Buc
     done = run_trainer("check", f"--data_dir={sample_there}")
     assert done.returncode == 0, done.stderr
     assert "every shard, record and picture is sound" in done.stdout
-    print(*bucket_service.requests(), sep="\n")
     assert_each_byte_once(ranges(bucket_service), sum(total_bytes(sample_folder, split) for split in ("train", "val", "test")))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.bucket.runs import arguments, assert_same, copy_down, copy_up, finish, listed, newest, run, wait_for_step, wait_until
+from tests.bucket.runs import arguments, assert_same, copy_up, finish, listed, newest, run, wait_for_step
 from tests.bucket.service import BucketService, forbidden, refuse
 from tests.conftest import run_trainer, start_trainer
 from trainer.storage.bucket import parse
@@ -45,6 +45,7 @@ def test_data_and_model_in_a_bucket_give_the_bits_of_a_local_run(bucket: str, da
     assert left == {"checkpoints", "config.yaml", "data.json", "metrics.jsonl", "samples", "summaries"}
 
 
+@pytest.mark.slow
 def test_a_save_takes_half_of_the_naive_49_requests_or_less(
     bucket: str, sample_folder: Path, bucket_service: BucketService
 ) -> None:
@@ -72,6 +73,7 @@ def test_killed_at_random_moments_it_goes_on_at_once_to_the_same_bits(
     assert_same(f"{bucket}/run", local, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_stop_saves_to_the_bucket_and_gives_the_lease_back(bucket: str, data: str, local: Path, tmp_path: Path) -> None:
     process = start_trainer(*arguments(f"{bucket}/run", data))
     wait_for_step(process, f"{bucket}/run", 30)
@@ -101,6 +103,7 @@ def test_a_second_job_stops_and_names_the_first(bucket: str, data: str) -> None:
     assert finish(first).returncode == 143
 
 
+@pytest.mark.slow
 def test_a_paused_writer_that_wakes_up_cannot_overwrite_its_successor(
     bucket: str, data: str, local: Path, tmp_path: Path
 ) -> None:
@@ -119,7 +122,8 @@ def test_a_paused_writer_that_wakes_up_cannot_overwrite_its_successor(
     assert_same(f"{bucket}/run", local, tmp_path)
 
 
-@pytest.mark.parametrize("share", [pytest.param(0.01, marks=pytest.mark.slow), 0.05, pytest.param(0.2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [0.01, 0.05, 0.2])
 def test_random_faults_change_no_bit(
     share: float, bucket: str, data: str, local: Path, tmp_path: Path, bucket_service: BucketService
 ) -> None:
@@ -132,7 +136,8 @@ def test_random_faults_change_no_bit(
     assert_same(f"{bucket}/run", local, tmp_path)
 
 
-@pytest.mark.parametrize("seconds", [4, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [4, 60])
 def test_a_bucket_that_is_away_for_a_while_costs_nothing_but_time(
     seconds: float, bucket: str, data: str, local: Path, tmp_path: Path, bucket_service: BucketService
 ) -> None:
@@ -147,6 +152,7 @@ def test_a_bucket_that_is_away_for_a_while_costs_nothing_but_time(
     assert_same(f"{bucket}/run", local, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_bucket_that_stays_away_ends_the_run_with_75_and_leaves_the_last_checkpoint(
     bucket: str, data: str, local: Path, tmp_path: Path, bucket_service: BucketService
 ) -> None:
@@ -181,6 +187,7 @@ def test_a_permission_that_is_withdrawn_in_the_middle_is_one_line_and_permanent(
     )
 
 
+@pytest.mark.slow
 def test_summaries_that_cannot_be_written_never_stop_training(
     bucket: str, data: str, local: Path, bucket_service: BucketService, tmp_path: Path
 ) -> None:
@@ -191,6 +198,7 @@ def test_summaries_that_cannot_be_written_never_stop_training(
     assert_same(f"{bucket}/run", local, tmp_path)
 
 
+@pytest.mark.slow
 def test_vertex_folders_hold_checkpoints_summaries_and_the_model(bucket: str, data: str, tmp_path: Path) -> None:
     given = [argument for argument in arguments("", data) if not argument.startswith("--model_dir")]
     folders = {
@@ -211,6 +219,7 @@ def test_vertex_folders_hold_checkpoints_summaries_and_the_model(bucket: str, da
     assert f"val L1 {last:.1f} of 255" in measured.stdout
 
 
+@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_falls_back_and_says_so(bucket: str, data: str, local: Path, tmp_path: Path) -> None:
     process = start_trainer(*arguments(f"{bucket}/run", data))
     wait_for_step(process, f"{bucket}/run", 60)
