@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from absl import flags
 
@@ -13,16 +14,23 @@ from trainer.arguments import need
 from trainer.cluster import Cluster, VertexFolders, check_environment, read_cluster, read_container
 from trainer.config import SAMPLE_CONFIG, Config, load_config
 from trainer.errors import StoppedError, UserError
-from trainer.runtime.lease import release_all
 from trainer.runtime.logs import Where, configure_logs
 from trainer.startup import load_tensorflow
-from trainer.storage.places import Place, is_bucket, place
-from trainer.storage.service import Patience
+
+if TYPE_CHECKING:
+    from trainer.storage.places import Place
 
 Command = Callable[[flags.FlagValues], str]
 
 # google-cloud-storage would look at each bucket itself in the background, which takes a permission that training has no need of.
 os.environ.setdefault("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "true")
+
+
+def _place(text: str, flag: str) -> "Place":
+    """The place that a flag names. Google's libraries are loaded for it, so not before the config has been found sound."""
+    from trainer.storage.places import place
+
+    return place(text, flag)
 
 
 def _begin(values: flags.FlagValues) -> None:
@@ -33,17 +41,17 @@ def _begin(values: flags.FlagValues) -> None:
 
 def _read_config(path: str | None, overrides: list[str]) -> Config:
     """The config file of this machine or of a bucket."""
-    if path is None or not is_bucket(path):
+    if path is None or not path.startswith("gs://"):
         return load_config(path, overrides)
     try:
-        return load_config(path, overrides, place(path, "--config").read_text(encoding="utf-8"))
+        return load_config(path, overrides, _place(path, "--config").read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such config file") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: cannot read the config file: it is not UTF-8 text") from error
 
 
-def resolve(values: flags.FlagValues) -> tuple[Config, Place]:
+def resolve(values: flags.FlagValues) -> "tuple[Config, Place]":
     """The config that the flags ask for, and the run's folder.
 
     Raises:
@@ -58,17 +66,19 @@ def resolve(values: flags.FlagValues) -> tuple[Config, Place]:
     if values.data_dir is not None:
         overrides.append(f"data.dir={values.data_dir!r}")
     config = _read_config(path, overrides)
+    from trainer.storage.service import Patience
+
     Patience.seconds = config.runtime.bucket_patience_seconds
-    place(config.data.dir, "--data_dir")
+    _place(config.data.dir, "--data_dir")
     return config, _model_dir(values.model_dir, Path(path).stem if path else "run")
 
 
-def _model_dir(named: str | None, run: str) -> Place:
+def _model_dir(named: str | None, run: str) -> "Place":
     """--model_dir; without it the folder that Vertex AI's folders lie in; without that, runs/NAME here."""
     folders = read_cluster(os.environ).folders
     if not named and folders.model:
-        return place(folders.model, "AIP_MODEL_DIR").parent
-    return place(named or f"runs/{run}", "--model_dir")
+        return _place(folders.model, "AIP_MODEL_DIR").parent
+    return _place(named or f"runs/{run}", "--model_dir")
 
 
 def _is_untouched_sample(values: flags.FlagValues) -> bool:
@@ -95,6 +105,7 @@ def train(values: flags.FlagValues) -> str:
         from trainer.train.plan import dry_run
 
         return dry_run(order)
+    from trainer.runtime.lease import release_all
     from trainer.train.loop import train as run
 
     try:
@@ -104,27 +115,27 @@ def train(values: flags.FlagValues) -> str:
     return closing + (_export_for_vertex(model_dir, cluster) if cluster.folders.model and cluster.is_chief else "")
 
 
-def _preflight(config: Config, model_dir: Place, folders: VertexFolders) -> None:
+def _preflight(config: Config, model_dir: "Place", folders: VertexFolders) -> None:
     """Look at the buckets, if there are any; what it needs is loaded only then."""
-    data = place(config.data.dir, "--data_dir") if config.data.dir else None
+    data = _place(config.data.dir, "--data_dir") if config.data.dir else None
     named = {
         "AIP_CHECKPOINT_DIR": folders.checkpoints,
         "AIP_TENSORBOARD_LOG_DIR": folders.summaries,
         "AIP_MODEL_DIR": folders.model,
     }
-    written = [model_dir, *(place(folder, name) for name, folder in named.items() if folder)]
+    written = [model_dir, *(_place(folder, name) for name, folder in named.items() if folder)]
     if any(not isinstance(where, Path) for where in (data, *written) if where):
         from trainer.preflight import preflight
 
         preflight(data, written)
 
 
-def _export_for_vertex(model_dir: Place, cluster: Cluster) -> str:
+def _export_for_vertex(model_dir: "Place", cluster: Cluster) -> str:
     """Vertex AI takes a trained model from AIP_MODEL_DIR: a SavedModel lies there when the job ends."""
     from trainer.export import export_for_serving
     from trainer.trained import open_run
 
-    to = place(cluster.folders.model or "", "AIP_MODEL_DIR")
+    to = _place(cluster.folders.model or "", "AIP_MODEL_DIR")
     return "\n" + export_for_serving(open_run(model_dir, folders=cluster.folders), to)
 
 
@@ -153,7 +164,7 @@ def prepare(values: flags.FlagValues) -> str:
     """trainer prepare"""
     source, output = need(values, "prepare", "source", "output")
     percent = percentages(values.split_percent)
-    to = place(output, "--output")
+    to = _place(output, "--output")
     _begin(values)
     from trainer.data.prepare import Options
     from trainer.data.prepare import prepare as run
@@ -170,8 +181,8 @@ def prepare(values: flags.FlagValues) -> str:
 def check(values: flags.FlagValues) -> str:
     """trainer check"""
     (data_dir,) = need(values, "check", "data_dir")
-    where, thumbnails = place(data_dir, "--data_dir"), values.thumbnails
-    sheet = place(thumbnails, "--thumbnails") if thumbnails else None
+    where, thumbnails = _place(data_dir, "--data_dir"), values.thumbnails
+    sheet = _place(thumbnails, "--thumbnails") if thumbnails else None
     _begin(values)
     from trainer.check import check as run
 
@@ -188,7 +199,7 @@ def _in_one_process(values: flags.FlagValues, command: Command) -> str:
 
 def _trained(values: flags.FlagValues, command: str):  # type: ignore[no-untyped-def]  # noqa: ANN202 - it would load TensorFlow
     (model_dir,) = need(values, command, "model_dir")
-    where = place(model_dir, "--model_dir")
+    where = _place(model_dir, "--model_dir")
     _begin(values)
     from trainer.trained import open_run
 
@@ -206,17 +217,17 @@ def evaluate(values: flags.FlagValues) -> str:
 def predict(values: flags.FlagValues) -> str:
     """trainer predict"""
     given, output = need(values, "predict", "input", "output")
-    to = place(output, "--output")
+    to = _place(output, "--output")
     run = _trained(values, "predict")
     from trainer.predict import predict as draw
 
-    return draw(run, place(given, "--input"), to, values.seed)
+    return draw(run, _place(given, "--input"), to, values.seed)
 
 
 def export(values: flags.FlagValues) -> str:
     """trainer export"""
     (output,) = need(values, "export", "output")
-    to = place(output, "--output")
+    to = _place(output, "--output")
     run = _trained(values, "export")
     from trainer.export import export as write
 
