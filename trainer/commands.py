@@ -130,6 +130,15 @@ def _preflight(config: Config, model_dir: "Place", folders: VertexFolders) -> No
         preflight(data, written)
 
 
+def _try_out(place: "Place") -> "Place":
+    """The place that a command writes to; a bucket that refuses is named before the work is done, not after it."""
+    if not isinstance(place, Path):
+        from trainer.preflight import preflight
+
+        preflight(None, [place])
+    return place
+
+
 def _export_for_vertex(model_dir: "Place", cluster: Cluster) -> str:
     """Vertex AI takes a trained model from AIP_MODEL_DIR: a SavedModel lies there when the job ends."""
     from trainer.export import export_for_serving
@@ -164,7 +173,7 @@ def prepare(values: flags.FlagValues) -> str:
     """trainer prepare"""
     source, output = need(values, "prepare", "source", "output")
     percent = percentages(values.split_percent)
-    to = _place(output, "--output")
+    to = _try_out(_place(output, "--output"))
     _begin(values)
     from trainer.data.prepare import Options
     from trainer.data.prepare import prepare as run
@@ -217,7 +226,7 @@ def evaluate(values: flags.FlagValues) -> str:
 def predict(values: flags.FlagValues) -> str:
     """trainer predict"""
     given, output = need(values, "predict", "input", "output")
-    to = _place(output, "--output")
+    to = _try_out(_place(output, "--output"))
     run = _trained(values, "predict")
     from trainer.predict import predict as draw
 
@@ -227,7 +236,7 @@ def predict(values: flags.FlagValues) -> str:
 def export(values: flags.FlagValues) -> str:
     """trainer export"""
     (output,) = need(values, "export", "output")
-    to = _place(output, "--output")
+    to = _try_out(_place(output, "--output"))
     run = _trained(values, "export")
     from trainer.export import export as write
 

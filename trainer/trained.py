@@ -12,9 +12,10 @@ from trainer.data.pipeline import Specs
 from trainer.data.records import ImageSpec
 from trainer.errors import UserError
 from trainer.model.generators import depth_for, unet
-from trainer.runtime.checkpoints import checkpoints_in
+from trainer.runtime.bucket_checkpoints import checkpoints_in
+from trainer.runtime.folders import open_folder
 from trainer.runtime.ledger import Marker
-from trainer.runtime.run_folder import RunFolder, open_folder
+from trainer.runtime.run_folder import RunFolder
 from trainer.storage.places import Place
 
 Inference = Literal["paper", "frozen"]

@@ -11,9 +11,9 @@ import tensorflow as tf
 from tests.bucket.service import BucketService, Fault, forbidden, refuse
 from trainer.errors import BucketRefusedError, ExitCode, TrainerError, UserError
 from trainer.runtime import lease as module
-from trainer.runtime.checkpoints import BucketCheckpoints
+from trainer.runtime.bucket_checkpoints import BucketCheckpoints
+from trainer.runtime.bucket_folder import BucketFolder
 from trainer.runtime.lease import Lease, LostClaimError, Owner, release_all, this_process
-from trainer.runtime.run_folder import BucketFolder
 from trainer.storage.bucket import BucketPath, parse
 from trainer.storage.service import Patience
 

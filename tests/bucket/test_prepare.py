@@ -199,10 +199,10 @@ def test_interrupted_it_goes_on_and_sends_only_what_is_not_there(
     need_equal(where, local)
 
 
-def test_killed_it_goes_on(pictures: Path, local: Path, bucket_service: BucketService, bucket: str) -> None:
+def test_killed_it_goes_on(pictures: Path, local: Path, bucket_service: BucketService, bucket: str, tmp_path: Path) -> None:
     bucket_service.throttle(latency=0.3)
     arguments = ("prepare", f"--source={pictures}", f"--output={bucket}/data", "--processes=1", "--shard_mb=1")
-    process = start_trainer(*arguments)
+    process = start_trainer(*arguments, TMPDIR=str(tmp_path))  # what a killed one leaves there
     deadline = time.monotonic() + 60
     while not shards_sent(bucket_service, bucket):
         assert process.poll() is None

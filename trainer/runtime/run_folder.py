@@ -1,7 +1,6 @@
 """A run's folder: config.yaml, metrics.jsonl, samples, the failure marker and the lock that keeps a second job out.
 
-`open_folder` gives the one that fits: of this machine or in a bucket, and one that writes or, for workers other than the chief,
-one that does not.
+`folders.open_folder` gives the one that fits: of this machine or in a bucket, writing or, for workers other than the chief, not.
 """
 
 import fcntl
@@ -11,7 +10,6 @@ import os
 import secrets
 import shutil
 import socket
-import tempfile
 import time
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -19,19 +17,15 @@ from typing import Any, TextIO
 
 import numpy as np
 import yaml
-from google.api_core.exceptions import PreconditionFailed
 from numpy.typing import NDArray
 
-from trainer.cluster import VertexFolders
 from trainer.config import Config, config_from_tree, differences, parse_yaml, to_tree
 from trainer.errors import ExitCode, TrainerError, UserError
 from trainer.runtime import files
-from trainer.runtime.checkpoints import BucketCheckpoints, Checkpoints, NonChiefBucketCheckpoints, NonChiefCheckpoints
-from trainer.runtime.lease import Lease, this_process
-from trainer.runtime.outbox import Outbox
+from trainer.runtime.checkpoints import Checkpoints
 from trainer.runtime.pictures import save_grid
 from trainer.storage.bucket import BucketPath
-from trainer.storage.places import Place, place
+from trainer.storage.places import Place
 
 LOCK_SECONDS = 10.0
 DEAD_NODE_SECONDS = 100.0  # after which a network file system frees the lock of a node that died
@@ -243,157 +237,6 @@ class RunFolder:
             advice = f"(nothing has changed since; to try all the same, remove {self._failure_file})"
             raise RecordedFailure(f"{document['line']} {advice}", ExitCode(document["exit_code"]))
         self._failure_file.unlink()
-
-
-class BucketFolder(RunFolder):
-    """A run's folder in a bucket: a lease in place of the lock, and metrics.jsonl written as a whole, if nobody else has."""
-
-    path: BucketPath
-    _lock_name = ".lease"
-
-    def __init__(self, path: BucketPath, checkpoints: Place | None = None, summaries: Place | None = None) -> None:
-        super().__init__(path, checkpoints, summaries)
-        self.path = path
-        self.lease: Lease | None = None
-        self._outbox = Outbox()
-        self._scratch: tempfile.TemporaryDirectory[str] | None = None
-        self._metrics: tuple[str, int] | None = None
-
-    @property
-    def sample_data(self) -> Path:
-        """A folder in TMPDIR: the sample is in the package, so no bucket needs to hold it."""
-        self._scratch = self._scratch or tempfile.TemporaryDirectory()
-        return Path(self._scratch.name) / "data"
-
-    def claim(self, seconds: float = 0.0, job: str = "") -> "BucketFolder":
-        """Take the lease, and metrics.jsonl from whoever wrote it before.
-
-        Raises:
-            UserError: another process is training in it.
-        """
-        self.lease = Lease(self.path / self._lock_name, this_process(job)).take()
-        self.token = self.lease.token
-        content, generation = self.metrics_object.read_versioned()
-        self._metrics = (content.decode(), generation)
-        self._write_metrics(content.decode())
-        return self
-
-    def store(self, keep: int) -> Checkpoints:
-        """The run's checkpoints, taken over from whoever wrote them before."""
-        assert isinstance(self.checkpoints, BucketPath)
-        return BucketCheckpoints(self.checkpoints, keep, self.lease)
-
-    def check_claim(self) -> None:
-        """Raises: LostClaimError: another process has taken the run over."""
-        if self.lease:
-            self.lease.check()
-
-    def confirm_claim(self) -> None:
-        """Raises: LostClaimError, BucketAwayError."""
-        if self.lease:
-            self.lease.confirm()
-
-    @property
-    def metrics_object(self) -> BucketPath:
-        """metrics.jsonl."""
-        return self.path / self.metrics_file.name
-
-    def _metrics_text(self) -> str:
-        return self._metrics[0] if self._metrics else self.metrics_object.read_versioned()[0].decode()
-
-    def _write_metrics(self, text: str) -> None:
-        assert self.lease is not None
-        assert self._metrics is not None
-        try:
-            state = self.metrics_object.write_bytes(text.encode(), self._metrics[1])
-        except PreconditionFailed as error:
-            raise self.lease.lose(self.metrics_object) from error
-        self._metrics = (text, state.generation)
-
-    def add_metrics(self, entry: dict[str, Any]) -> None:
-        """Write metrics.jsonl with one more line."""
-        self._write_metrics(self._metrics_text() + json.dumps(entry) + "\n")
-
-    def save_sample(self, step: int, columns: Callable[[], Columns]) -> None:
-        """Draw the sample picture of a step, and send it; what cannot be sent now is sent with the next."""
-        with self._outbox.adding(self.samples / f"step-{step:07d}.png") as file:
-            save_grid(file, f"step {step}", columns())
-        self._outbox.send()
-
-
-class _WritesNothing:
-    """What workers other than the chief do where the chief writes: what they read is there, what they write goes nowhere."""
-
-    def write_config(self, config: Config, notes: dict[str, str]) -> None:
-        """The chief writes it."""
-
-    def write_data(self, about: dict[str, Any]) -> None:
-        """The chief writes it."""
-
-    def metrics(self) -> list[dict[str, Any]]:
-        """What the chief is writing at this moment is not read."""
-        return []
-
-    def add_metrics(self, entry: dict[str, Any]) -> None:
-        """The chief writes it."""
-
-    def cut_after(self, step: int) -> None:
-        """The chief does it."""
-
-    def save_sample(self, step: int, columns: Callable[[], Columns]) -> None:
-        """The chief draws it."""
-
-
-class NonChiefFolder(_WritesNothing, RunFolder):
-    """The run's folder as workers other than the chief hold it."""
-
-    def claim(self, seconds: float = LOCK_SECONDS, job: str = "") -> "NonChiefFolder":
-        """The chief's claim counts for all."""
-        return self
-
-    def store(self, keep: int) -> Checkpoints:
-        """The run's checkpoints, of which this process writes none."""
-        assert isinstance(self.checkpoints, Path)
-        return NonChiefCheckpoints(self.checkpoints, keep)
-
-    def record_failure(self, line: str, exit_code: ExitCode, fingerprint: str) -> None:
-        """What all of them see, the chief records; a record that is damaged may have been seen by this worker alone."""
-        if exit_code == ExitCode.USER:
-            super().record_failure(line, exit_code, fingerprint)
-
-
-class NonChiefBucketFolder(_WritesNothing, BucketFolder):
-    """The same, in a bucket."""
-
-    def claim(self, seconds: float = 0.0, job: str = "") -> "NonChiefBucketFolder":
-        """The chief's claim counts for all."""
-        return self
-
-    def store(self, keep: int) -> Checkpoints:
-        """The run's checkpoints, of which this process writes none."""
-        assert isinstance(self.checkpoints, BucketPath)
-        return NonChiefBucketCheckpoints(self.checkpoints, keep)
-
-    def record_failure(self, line: str, exit_code: ExitCode, fingerprint: str) -> None:
-        """As `NonChiefFolder` does."""
-        if exit_code == ExitCode.USER:
-            super().record_failure(line, exit_code, fingerprint)
-
-
-def open_folder(path: Place, folders: VertexFolders, *, writes: bool = True) -> RunFolder:
-    """The run's folder, for a process that writes in it or only reads.
-
-    Raises:
-        UserError: a scheduler's folder is on the other side, here and not in the bucket, or the reverse.
-    """
-    checkpoints = place(folders.checkpoints, "AIP_CHECKPOINT_DIR") if folders.checkpoints else None
-    summaries = place(folders.summaries, "AIP_TENSORBOARD_LOG_DIR") if folders.summaries else None
-    for name, other in (("AIP_CHECKPOINT_DIR", checkpoints), ("AIP_TENSORBOARD_LOG_DIR", summaries)):
-        if other and isinstance(other, Path) != isinstance(path, Path):
-            raise UserError(f"{name}={other}: and --model_dir={path}: allowed: both in a bucket, or both here")
-    if isinstance(path, BucketPath):
-        return (BucketFolder if writes else NonChiefBucketFolder)(path, checkpoints, summaries)
-    return (RunFolder if writes else NonChiefFolder)(path, checkpoints, summaries)
 
 
 def fingerprint(config: Config, data: Place | None) -> str:

@@ -11,7 +11,8 @@ import google_crc32c
 from google.api_core import exceptions
 from google.cloud.storage import Blob, Bucket
 
-from trainer.storage.service import TIMEOUT, Patience, ShortReplyError, client, going_on_for, patiently
+from trainer.errors import TrainerError
+from trainer.storage.service import TIMEOUT, Patience, client, going_on_for, patiently
 
 SCHEME = "gs://"
 UPLOAD_CHUNK = 32 << 20  # bytes of one request of a large upload; a cut one is sent again from where it was cut
@@ -212,7 +213,9 @@ class BucketPath:
                 raise
             state = found
         if (state.size, state.crc32c) != (size, crc):
-            raise ShortReplyError(f"{self}: the service reports {state.size} bytes of {state.crc32c}, {size} of {crc} were sent")
+            raise TrainerError(
+                f"{self}: the service reports {state.size} bytes of {state.crc32c}, {size} of {crc} were sent; try again"
+            )
         return state
 
     def unlink(self, *, missing_ok: bool = False) -> None:

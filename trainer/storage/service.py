@@ -47,10 +47,6 @@ _TEMPORARY = (
 )
 
 
-class ShortReplyError(ConnectionError):
-    """The service answered with fewer bytes than it was asked for."""
-
-
 class Patience:
     """How many seconds a request is tried again before the bucket counts as away; the config sets it."""
 
@@ -67,7 +63,7 @@ def _code(error: BaseException) -> int | None:
 def may_pass(error: BaseException) -> bool:
     """Whether another try may succeed: the service is busy or away, the line was cut, credentials are not there yet."""
     code = _code(error)
-    return code in _TEMPORARY_CODES | _BEGIN_ANEW_CODES if code else isinstance(error, (*_TEMPORARY, ShortReplyError))
+    return code in _TEMPORARY_CODES | _BEGIN_ANEW_CODES if code else isinstance(error, _TEMPORARY)
 
 
 def may_go_on(error: BaseException) -> bool:

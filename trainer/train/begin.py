@@ -18,11 +18,12 @@ from trainer.data.pipeline import PairData
 from trainer.data.sample import ensure_sample
 from trainer.errors import TrainerError, UserError
 from trainer.runtime import strategy as devices
-from trainer.runtime.checkpoints import checkpoints_in
+from trainer.runtime.bucket_checkpoints import checkpoints_in
+from trainer.runtime.folders import open_folder
 from trainer.runtime.ledger import Marker
 from trainer.runtime.preemption import hold_signals
 from trainer.runtime.rendezvous import Message, Rendezvous
-from trainer.runtime.run_folder import DEAD_NODE_SECONDS, LOCK_SECONDS, SEE_SECONDS, RunFolder, fingerprint, open_folder
+from trainer.runtime.run_folder import DEAD_NODE_SECONDS, LOCK_SECONDS, SEE_SECONDS, RunFolder, fingerprint
 from trainer.runtime.strategy import Choice, Devices
 from trainer.runtime.versions import run_notes, warn_of_changes
 from trainer.storage.bucket import BucketPath

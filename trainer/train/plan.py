@@ -11,8 +11,9 @@ from trainer.data.sample import prepared_folder
 from trainer.model.discriminators import patch_convolutions, receptive_field
 from trainer.runtime import files
 from trainer.runtime import strategy as devices
-from trainer.runtime.checkpoints import checkpoints_in
-from trainer.runtime.run_folder import RunFolder, open_folder
+from trainer.runtime.bucket_checkpoints import checkpoints_in
+from trainer.runtime.folders import open_folder
+from trainer.runtime.run_folder import RunFolder
 from trainer.train.begin import Order, Preparation
 from trainer.train.state import build_networks
 
