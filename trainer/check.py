@@ -1,11 +1,11 @@
 """`trainer check`: is a prepared data set whole, and what does it look like?"""
 
-import os
 
 import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
+from trainer.cores import usable_cores
 from trainer.data.pairs import from_unit_range
 from trainer.data.pipeline import PairData
 from trainer.data.verify import verify
@@ -23,7 +23,7 @@ def check(data_dir: Place, thumbnails: Place | None) -> str:
     Raises:
         DataError: one line for each shard or record that is bad.
     """
-    manifest, problems = verify(data_dir, len(os.sched_getaffinity(0)))
+    manifest, problems = verify(data_dir, usable_cores())
     if problems:
         raise DataError("\n".join([*problems, f"{data_dir}: {len(problems)} problems"]))
     lines = [f"{data_dir}: {manifest.name}, layout {manifest.layout}, {manifest.licence}"]

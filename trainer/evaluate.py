@@ -99,8 +99,7 @@ def write_reports(
         "data": data.manifest.digest(),
         "scores": {name: summary.__dict__ for name, summary in summaries.items()},
     }
-    keys = [split.key(number) for number in range(split.examples)]
-    write_bytes(output / "per_image.csv", per_image_csv(keys, scores))
+    write_bytes(output / "per_image.csv", per_image_csv(split.keys(), scores))
     write_bytes(output / "summary.json", json.dumps(document, indent=1).encode() + b"\n")
 
 

@@ -28,8 +28,7 @@ def preflight(data: Place | None, places: list[Place]) -> None:
     with _patience(PATIENCE_SECONDS):
         if isinstance(data, BucketPath):
             manifest = records.read_manifest(data)
-            for shards in manifest.splits.values():
-                records.check_shard_sizes(data, shards)
+            records.check_shard_sizes(data, (shard for shards in manifest.splits.values() for shard in shards))
             records.read_one(data, manifest)
         for folder in places:
             if isinstance(folder, BucketPath):

@@ -87,10 +87,18 @@ def _split(side_by_side: tf.Tensor) -> Pair:
 
 
 def resize(image: tf.Tensor, height: int, width: int, spec: ImageSpec) -> tf.Tensor:
-    """Resize with antialiased bilinear filtering for photographs, nearest neighbour for label maps."""
+    """Resize with bilinear filtering for photographs, antialiased where they shrink, and nearest neighbour for label maps.
+
+    Where nothing shrinks the antialiasing filter is the plain one, and takes three times as long.
+    """
     if spec.kind == "labels":
         return tf.image.resize(image, [height, width], method="nearest")
-    return tf.image.resize(image, [height, width], method="bilinear", antialias=True)
+
+    def filtered(*, antialias: bool) -> tf.Tensor:
+        return tf.image.resize(image, [height, width], method="bilinear", antialias=antialias)
+
+    shrinks = tf.reduce_any(tf.shape(image)[:2] > [height, width])
+    return tf.cond(shrinks, lambda: filtered(antialias=True), lambda: filtered(antialias=False))
 
 
 def _crop_and_mirror(image: tf.Tensor, size: tuple[int, int], how: tf.Tensor) -> tf.Tensor:

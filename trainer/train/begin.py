@@ -25,7 +25,7 @@ from trainer.runtime.preemption import hold_signals
 from trainer.runtime.rendezvous import Message, Rendezvous
 from trainer.runtime.run_folder import DEAD_NODE_SECONDS, LOCK_SECONDS, SEE_SECONDS, RunFolder, fingerprint
 from trainer.runtime.strategy import Choice, Devices
-from trainer.runtime.versions import run_notes, warn_of_changes
+from trainer.runtime.versions import run_notes, warn_of_changes, with_earlier
 from trainer.storage.bucket import BucketPath
 from trainer.storage.places import Place, place
 from trainer.train.block import check_replicas, fitting_batch_sizes
@@ -33,7 +33,7 @@ from trainer.train.block import check_replicas, fitting_batch_sizes
 log = logging.getLogger(__name__)
 
 # Each worker may have its own paths and threads; all else must be the same.
-OWN_SETTINGS = ("data.dir", "data.cache", "runtime.threads", "runtime.rendezvous_seconds")
+OWN_SETTINGS = ("data.dir", "data.cache", "data.readers", "data.read_ahead_mb", "runtime.threads", "runtime.rendezvous_seconds")
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ class Preparation:
         if before.get("data", now["data"]) != now["data"]:
             raise UserError(f"{folder.path}: this run was trained on other data than {data.folder}; use another --model_dir")
         warn_of_changes(before, now)
-        folder.write_config(self.config, now)
+        folder.write_config(self.config, with_earlier(before, now))
         folder.write_data(data.manifest.about())
 
     def _follow(self, plan: Message) -> None:
