@@ -1,6 +1,5 @@
 """`trainer check`: is a prepared data set whole, and what does it look like?"""
 
-
 import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
