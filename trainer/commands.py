@@ -105,6 +105,7 @@ def train(values: flags.FlagValues) -> str:
         from trainer.train.plan import dry_run
 
         return dry_run(order)
+    from trainer.runtime.files import remove_scratch
     from trainer.runtime.lease import release_all
     from trainer.train.loop import train as run
 
@@ -112,6 +113,7 @@ def train(values: flags.FlagValues) -> str:
         closing = run(order)
     finally:
         release_all()
+        remove_scratch()
     return closing + (_export_for_vertex(model_dir, cluster) if cluster.folders.model and cluster.is_chief else "")
 
 

@@ -90,6 +90,18 @@ def test_a_holder_learns_that_it_was_replaced(folder: BucketPath) -> None:
     assert caught.value.exit_code == ExitCode.UNEXPECTED
 
 
+def test_a_lease_that_cannot_be_given_back_costs_seconds_and_hides_no_error(
+    folder: BucketPath, bucket_service: BucketService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Patience, "seconds", 1000.0)
+    lease = Lease(folder / ".lease", this_process()).take()
+    bucket_service.away(True)
+    began = time.monotonic()
+    lease.release()
+    assert time.monotonic() - began < 5
+    bucket_service.away(False)
+
+
 def test_a_bucket_that_is_away_does_not_end_the_lease(folder: BucketPath, bucket_service: BucketService) -> None:
     lease = Lease(folder / ".lease", this_process()).take()
     bucket_service.away(True)

@@ -97,6 +97,14 @@ def test_a_conditional_write_whose_answer_was_lost_is_not_taken_for_anothers(
     assert (folder / "x").state() == state
 
 
+def test_equal_bytes_of_another_writer_are_not_taken_for_our_own(folder: BucketPath) -> None:
+    """Two tries of a run write the same numbers; the one that was refused must know it."""
+    before = (folder / "x").write_bytes(b"before")
+    (folder / "x").write_bytes(b"after", before.generation)
+    with pytest.raises(PreconditionFailed):
+        (folder / "x").write_bytes(b"after", before.generation)
+
+
 @pytest.mark.parametrize("action", ["503", "reset", "cut_upload", "lost_reply"])
 def test_a_large_upload_goes_on_where_it_was_cut(
     action: str, folder: BucketPath, tmp_path: Path, bucket_service: BucketService

@@ -34,10 +34,12 @@ def last_line(done: object) -> str:
 
 
 def test_data_and_model_in_a_bucket_give_the_bits_of_a_local_run(bucket: str, data: str, local: Path, tmp_path: Path) -> None:
-    done = run(*arguments(f"{bucket}/run", data))
+    (temporary := tmp_path / "tmp").mkdir()
+    done = run(*arguments(f"{bucket}/run", data), TMPDIR=str(temporary))
     assert done.returncode == 0, done.stderr
     assert f"pictures    {bucket}/run/samples" in done.stdout
-    assert_same(f"{bucket}/run", local, tmp_path)
+    assert list(temporary.iterdir()) == [], "nothing of the run is left on this machine"
+    assert_same(f"{bucket}/run", local, tmp_path / "copy")
     again = run(*arguments(f"{bucket}/run", data))
     assert again.returncode == 0
     assert "this run is finished" in again.stdout

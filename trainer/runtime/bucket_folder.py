@@ -1,13 +1,13 @@
 """A run's folder in a bucket: a lease in place of the lock, and metrics written under a condition."""
 
 import json
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from google.api_core.exceptions import PreconditionFailed
 
+from trainer.runtime import files
 from trainer.runtime.bucket_checkpoints import BucketCheckpoints
 from trainer.runtime.checkpoints import Checkpoints
 from trainer.runtime.lease import Lease, this_process
@@ -29,14 +29,14 @@ class BucketFolder(RunFolder):
         self.path = path
         self.lease: Lease | None = None
         self._outbox = Outbox()
-        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        self._scratch: Path | None = None
         self._metrics: tuple[str, int] | None = None
 
     @property
     def sample_data(self) -> Path:
         """A folder in TMPDIR: the sample is in the package, so no bucket needs to hold it."""
-        self._scratch = self._scratch or tempfile.TemporaryDirectory()
-        return Path(self._scratch.name) / "data"
+        self._scratch = self._scratch or files.scratch()
+        return self._scratch / "data"
 
     def claim(self, seconds: float = 0.0, job: str = "") -> "BucketFolder":
         """Take the lease, and metrics.jsonl from whoever wrote it before.

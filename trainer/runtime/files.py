@@ -15,6 +15,7 @@ from trainer.storage.transfer import replace_folder
 
 PROBE_MEBIBYTES = 64
 PROBE = ".preflight-"
+_SCRATCH: list[Path] = []
 TEMPORARY = ".writing-"  # and not the file's own name: TensorBoard reads whatever has `tfevents` in it
 
 
@@ -60,6 +61,19 @@ def _upload_speed(folder: BucketPath) -> float:
         seconds = time.perf_counter() - began
     probe.unlink(missing_ok=True)
     return size / 1e6 / seconds
+
+
+def scratch() -> Path:
+    """A folder in TMPDIR for as long as the process works; `remove_scratch` takes it away, since the process leaves at once."""
+    made = Path(tempfile.mkdtemp(prefix="trainer-"))
+    _SCRATCH.append(made)
+    return made
+
+
+def remove_scratch() -> None:
+    """Remove what `scratch` gave."""
+    while _SCRATCH:
+        shutil.rmtree(_SCRATCH.pop())
 
 
 def try_out(folder: BucketPath) -> None:

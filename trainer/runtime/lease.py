@@ -125,9 +125,11 @@ class Lease:
         if self._lost:
             return
         try:
-            self._place.unlink_if(self._generation)
+            self._place.unlink_if(self._generation, BEAT_SECONDS)
         except (PreconditionFailed, FileNotFoundError):
             log.warning("%s: was taken over while this process ended", self._place)
+        except TrainerError as error:
+            log.warning("%s: could not be given back, and expires in %.0f s: %s", self._place, EXPIRES_SECONDS, error)
 
     def lose(self, place: BucketPath) -> LostClaimError:
         """Note that a write was refused because of somebody else's; the error to raise."""

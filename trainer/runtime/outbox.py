@@ -1,12 +1,12 @@
 """Files on their way to a bucket that training does not wait for: what cannot be sent now is counted, said, and sent later."""
 
 import logging
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from trainer.errors import BucketAwayError, BucketRefusedError
+from trainer.runtime import files
 from trainer.storage.bucket import BucketPath
 from trainer.storage.places import Place
 
@@ -18,7 +18,7 @@ class Outbox:
     """Files of this machine that wait to be uploaded; each is told by where it goes."""
 
     def __init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory()
+        self._folder = files.scratch()
         self._waiting: dict[BucketPath, Path] = {}
         self._numbers = 0
         self.failures = 0
@@ -28,7 +28,7 @@ class Outbox:
         """Give a path; what is written there is to be sent."""
         assert isinstance(to, BucketPath)
         self._numbers += 1
-        file = Path(self._folder.name) / str(self._numbers) / to.name
+        file = self._folder / str(self._numbers) / to.name
         file.parent.mkdir()
         yield file
         self.add(to, file)
@@ -50,7 +50,7 @@ class Outbox:
                 log.warning("%s; training goes on; waiting to be sent: %d files, tried again later", error, len(self._waiting))
                 return False
             del self._waiting[to]
-            if file.is_relative_to(self._folder.name):
+            if file.is_relative_to(self._folder):
                 file.unlink()
         return True
 

@@ -61,8 +61,7 @@ class BucketSummaries(Summaries):
     def __init__(self, folder: BucketPath, confirm: Callable[[], None]) -> None:
         """`confirm` raises if another process has taken the run over: its event files must not be put back."""
         self._confirm = confirm
-        self._here = tempfile.TemporaryDirectory()
-        super().__init__(Path(self._here.name))
+        super().__init__(files.scratch())
         self._there, self._outbox = folder, Outbox()
         self._sent, self._sizes = time.monotonic(), dict[Path, int]()
 

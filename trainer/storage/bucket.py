@@ -2,6 +2,7 @@
 
 import base64
 import fnmatch
+import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -15,6 +16,7 @@ from trainer.errors import TrainerError
 from trainer.storage.service import TIMEOUT, Patience, client, going_on_for, patiently
 
 SCHEME = "gs://"
+MARK = "trainer-write"
 UPLOAD_CHUNK = 32 << 20  # bytes of one request of a large upload; a cut one is sent again from where it was cut
 _BLOCK = 1 << 22
 
@@ -174,13 +176,15 @@ class BucketPath:
             exceptions.PreconditionFailed: the object is of another generation.
         """
 
+        mark = secrets.token_hex(8)
+
         def write() -> State:
-            blob = self._blob()
+            blob = self._blob(mark=mark)
             condition = {"if_generation_match": generation, "timeout": TIMEOUT, "checksum": "crc32c"}
             blob.upload_from_string(content, content_type="application/octet-stream", retry=None, **condition)
             return _state(blob)
 
-        return self._under_condition(write, len(content), _crc_of(content), seconds)
+        return self._under_condition(write, mark, (len(content), _crc_of(content)), seconds)
 
     def write_text(self, text: str, encoding: str = "utf-8") -> State:
         """Write the object, at once or not at all."""
@@ -193,29 +197,30 @@ class BucketPath:
             exceptions.PreconditionFailed: the object is of another generation.
         """
         limit = Patience.seconds if seconds is None else seconds
+        mark = secrets.token_hex(8)
 
         def send() -> State:
-            blob = self._blob(chunk_size=UPLOAD_CHUNK)
-            again = going_on_for(limit)
-            condition = {"if_generation_match": generation, "timeout": TIMEOUT, "checksum": "crc32c", "retry": again}
-            blob.upload_from_filename(str(file), content_type="application/octet-stream", **condition)
+            blob = self._blob(UPLOAD_CHUNK, mark)
+            condition = {"if_generation_match": generation, "timeout": TIMEOUT, "checksum": "crc32c"}
+            blob.upload_from_filename(str(file), content_type="application/octet-stream", retry=going_on_for(limit), **condition)
             return _state(blob)
 
-        return self._under_condition(send, file.stat().st_size, checksum_of(file), seconds)
+        return self._under_condition(send, mark, (file.stat().st_size, checksum_of(file)), seconds)
 
-    def _under_condition(self, write: Callable[[], State], size: int, crc: str, seconds: float | None) -> State:
-        """Write; a refusal that is only the echo of our own write, whose answer was lost, counts as success."""
+    def _under_condition(self, write: Callable[[], State], mark: str, sent: tuple[int, str], seconds: float | None) -> State:
+        """Write; a refusal that is only the echo of this very write, whose answer was lost, counts as success.
+
+        The object bears a mark of the write in its metadata: equal bytes could be another writer's.
+        """
         try:
             state = patiently(write, str(self), seconds)
         except exceptions.PreconditionFailed:
-            found = self.state(seconds)
-            if found is None or (found.size, found.crc32c) != (size, crc):
+            found = patiently(lambda: self._bucket().get_blob(self.key, timeout=TIMEOUT, retry=None), str(self), seconds)
+            if found is None or (found.metadata or {}).get(MARK) != mark:
                 raise
-            state = found
-        if (state.size, state.crc32c) != (size, crc):
-            raise TrainerError(
-                f"{self}: the service reports {state.size} bytes of {state.crc32c}, {size} of {crc} were sent; try again"
-            )
+            state = _state(found)
+        if (state.size, state.crc32c) != sent:
+            raise TrainerError(f"{self}: the service reports {state.size} bytes of {state.crc32c}, {sent} were sent; try again")
         return state
 
     def unlink(self, *, missing_ok: bool = False) -> None:
@@ -230,7 +235,7 @@ class BucketPath:
             if not missing_ok:
                 raise
 
-    def unlink_if(self, generation: int) -> None:
+    def unlink_if(self, generation: int, seconds: float | None = None) -> None:
         """Remove the object if it is of this generation.
 
         Raises:
@@ -241,7 +246,7 @@ class BucketPath:
         def remove() -> None:
             self._blob().delete(if_generation_match=generation, timeout=TIMEOUT, retry=None)
 
-        patiently(remove, str(self))
+        patiently(remove, str(self), seconds)
 
     def read_versioned(self) -> tuple[bytes, int]:
         """The whole object and its generation; b"" and 0 if there is none."""
@@ -271,8 +276,11 @@ class BucketPath:
     def _bucket(self) -> Bucket:
         return client().bucket(self.bucket)
 
-    def _blob(self, chunk_size: int | None = None) -> Blob:
-        return self._bucket().blob(self.key, chunk_size=chunk_size)
+    def _blob(self, chunk_size: int | None = None, mark: str = "") -> Blob:
+        blob = self._bucket().blob(self.key, chunk_size=chunk_size)
+        if mark:
+            blob.metadata = {MARK: mark}
+        return blob
 
     def _list(self, limit: int | None = None, seconds: float | None = None) -> list[Blob]:
         def ask() -> list[Blob]:
