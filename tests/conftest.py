@@ -1,6 +1,7 @@
 """What many tests need: the sample as shards, small configs, 64-bit arithmetic, the command as a real process."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,10 @@ from trainer.data.pipeline import PairData  # noqa: E402
 from trainer.data.sample import ensure_sample  # noqa: E402
 from trainer.runtime.checkpoints import Checkpoints  # noqa: E402
 from trainer.trained import TrainedRun, open_run  # noqa: E402
+
+# A shell gives what it starts in the background an ignored Ctrl-C, and children inherit it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SMALL = (
     "data.image_size=[64,64]",
