@@ -2,7 +2,9 @@
 
 import os
 import signal
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -90,7 +92,7 @@ def _is_untouched_sample(values: flags.FlagValues) -> bool:
 def train(values: flags.FlagValues) -> str:
     """trainer train"""
     config, model_dir = resolve(values)
-    cluster = read_cluster(os.environ)
+    cluster = _with_folders_of_the_run(read_cluster(os.environ), values.model_dir)
     Where.worker, Where.workers = cluster.index, cluster.size
     if cluster.role == "evaluator":
         return "this process is an evaluator, and there is nothing for it to do: the workers measure between their steps"
@@ -100,12 +102,12 @@ def train(values: flags.FlagValues) -> str:
     from trainer.train.begin import Order
 
     container = read_container(os.environ)
+    container = replace(container, job="/".join(part for part in (container.job, cluster.trial) if part))
     order = Order(config, model_dir, values.strategy, cluster, container, adaptable=_is_untouched_sample(values))
     if values.dry_run:
         from trainer.train.plan import dry_run
 
         return dry_run(order)
-    from trainer.runtime.files import remove_scratch
     from trainer.runtime.lease import release_all
     from trainer.train.loop import train as run
 
@@ -113,8 +115,12 @@ def train(values: flags.FlagValues) -> str:
         closing = run(order)
     finally:
         release_all()
-        remove_scratch()
     return closing + (_export_for_vertex(model_dir, cluster) if cluster.folders.model and cluster.is_chief else "")
+
+
+def _with_folders_of_the_run(cluster: Cluster, named: str | None) -> Cluster:
+    """A run that has a folder of its own keeps checkpoints and summaries there: Vertex AI gives each job other folders."""
+    return replace(cluster, folders=VertexFolders(model=cluster.folders.model)) if named else cluster
 
 
 def _preflight(config: Config, model_dir: "Place", folders: VertexFolders) -> None:
@@ -214,7 +220,8 @@ def _trained(values: flags.FlagValues, command: str):  # type: ignore[no-untyped
     _begin(values)
     from trainer.trained import open_run
 
-    return open_run(where, values.checkpoint, values.inference, read_cluster(os.environ).folders)
+    folders = _with_folders_of_the_run(read_cluster(os.environ), model_dir).folders
+    return open_run(where, values.checkpoint, values.inference, folders)
 
 
 def evaluate(values: flags.FlagValues) -> str:
@@ -252,7 +259,18 @@ _ALONE: dict[str, Command] = {
     "predict": predict,
     "export": export,
 }
+
+
+def _tidily(values: flags.FlagValues, command: Command) -> str:
+    """Do what is asked for, and leave nothing in TMPDIR."""
+    try:
+        return command(values)
+    finally:
+        if "trainer.runtime.files" in sys.modules:
+            sys.modules["trainer.runtime.files"].remove_scratch()
+
+
 COMMANDS: dict[str, Command] = {
-    "train": train,
-    **{name: partial(_in_one_process, command=command) for name, command in _ALONE.items()},
+    "train": partial(_tidily, command=train),
+    **{name: partial(_tidily, command=partial(_in_one_process, command=command)) for name, command in _ALONE.items()},
 }

@@ -3,14 +3,11 @@
 Only buckets are looked at: of a folder of this machine the run itself finds out as fast.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 from trainer.data import records
 from trainer.runtime import files
 from trainer.storage.bucket import BucketPath
 from trainer.storage.places import Place
-from trainer.storage.service import Patience
+from trainer.storage.service import patience
 
 PATIENCE_SECONDS = 60.0
 
@@ -25,7 +22,7 @@ def preflight(data: Place | None, places: list[Place]) -> None:
         BucketAwayError: it did not answer in that time.
         DataError: there is no data set, or its first record is damaged.
     """
-    with _patience(PATIENCE_SECONDS):
+    with patience(PATIENCE_SECONDS):
         if isinstance(data, BucketPath):
             manifest = records.read_manifest(data)
             records.check_shard_sizes(data, (shard for shards in manifest.splits.values() for shard in shards))
@@ -33,13 +30,3 @@ def preflight(data: Place | None, places: list[Place]) -> None:
         for folder in places:
             if isinstance(folder, BucketPath):
                 files.try_out(folder)
-
-
-@contextmanager
-def _patience(seconds: float) -> Iterator[None]:
-    usual = Patience.seconds
-    Patience.seconds = min(usual, seconds)
-    try:
-        yield
-    finally:
-        Patience.seconds = usual

@@ -18,7 +18,7 @@ CONTENT = bytes(range(256)) * 4000
 
 @pytest.fixture
 def folder(bucket: str, monkeypatch: pytest.MonkeyPatch) -> BucketPath:
-    monkeypatch.setattr(Patience, "seconds", 2.0)
+    monkeypatch.setattr(Patience, "seconds", 4.0)
     return parse(f"{bucket}/some/folder")
 
 
@@ -135,24 +135,25 @@ def test_a_download_that_breaks_is_tried_again(
 
 
 def test_a_service_that_stays_away_is_given_up_after_the_stated_time(
-    folder: BucketPath, bucket_service: BucketService, caplog: pytest.LogCaptureFixture
+    folder: BucketPath, bucket_service: BucketService, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("trainer.storage.service.SAY_AFTER_SECONDS", 0.0)
     bucket_service.faults(refuse(UNAVAILABLE))
     logging.getLogger("trainer").propagate = True
-    with pytest.raises(BucketAwayError, match=r"/x: the service answers 503 \(.*\) \(tried for 2 s; run this again") as caught:
+    with pytest.raises(BucketAwayError, match=r"/x: the service answers 503 \(.*\) \(tried for 4 s; run this again") as caught:
         (folder / "x").read_bytes()
     assert caught.value.exit_code == ExitCode.AGAIN == 75
-    assert "trying again for up to 2 s" in caplog.text
+    assert "trying again for up to 4 s" in caplog.text
 
 
 def test_one_that_comes_back_is_said_to(
     folder: BucketPath, bucket_service: BucketService, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trainer.storage.service.SAY_AFTER_SECONDS", 0.1)
+    monkeypatch.setattr("trainer.storage.service.SAY_AFTER_SECONDS", 0.0)
     (folder / "x").write_bytes(b"here")
     logging.getLogger("trainer").propagate = True
     caplog.set_level(logging.INFO)
-    bucket_service.faults(refuse(UNAVAILABLE, times=2))
+    bucket_service.faults(refuse(UNAVAILABLE, times=3))
     assert (folder / "x").read_bytes() == b"here"
     assert "answers again, after" in caplog.text
 

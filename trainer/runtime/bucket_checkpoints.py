@@ -1,5 +1,6 @@
 """Checkpoints in a bucket: made in TMPDIR, uploaded, checked by what the service reports, and listed last."""
 
+import re
 import secrets
 import tempfile
 from collections.abc import Iterator
@@ -8,12 +9,14 @@ from pathlib import Path
 
 import tensorflow as tf
 
-from trainer.errors import TrainerError, UserError
+from trainer.errors import UserError
 from trainer.runtime.checkpoints import Checkpoints, WritesNothing
-from trainer.runtime.lease import Lease
+from trainer.runtime.lease import Lease, LostClaimError
 from trainer.runtime.ledger import LIST_NAME, Ledger, Marker, ObjectLedger
 from trainer.storage.bucket import BucketPath, State
 from trainer.storage.places import Place
+
+_OURS = re.compile(r"step-\d{8}-[0-9a-f]+\..*")
 
 
 class BucketCheckpoints(Checkpoints):
@@ -28,6 +31,9 @@ class BucketCheckpoints(Checkpoints):
         self.folder: Place = folder
         self._there, self._keep = folder, keep
         self._try = lease.token[:6] if lease else ""
+        there = folder.listing() if lease else {}
+        if LIST_NAME not in there and any(_OURS.fullmatch(name) for name in there):
+            raise UserError(f"{folder}: holds checkpoints and no {LIST_NAME}; bring that back, or use another --model_dir")
         self._ledger: Ledger = ObjectLedger(folder, lease)
         if lease:
             self._sweep()
@@ -36,7 +42,7 @@ class BucketCheckpoints(Checkpoints):
         """Remove what saves that never finished have left."""
         named = {name for marker in self.markers() for name in marker.files}
         for name in self._there.listing():
-            if name not in named and name != LIST_NAME and "/" not in name:
+            if name not in named and _OURS.fullmatch(name):
                 (self._there / name).unlink(missing_ok=True)
 
     def damage(self, marker: Marker) -> str | None:
@@ -61,7 +67,7 @@ class BucketCheckpoints(Checkpoints):
         before = self.markers()
         try:
             self._ledger.change(marker, self._no_longer_kept(markers))
-        except TrainerError:
+        except LostClaimError:  # any other failure leaves open whether the list names it by now: the next start looks
             self._remove([marker])
             raise
         named = {one.prefix for one in self.markers()}
@@ -89,6 +95,12 @@ class BucketCheckpoints(Checkpoints):
                 except FileNotFoundError as error:
                     raise UserError(f"{self._there / name}: was removed while it was read; run this again") from error
             yield str(Path(here) / marker.prefix)
+
+    def forget_after(self, step: int) -> None:
+        """Drop later checkpoints, which were found damaged, and their objects."""
+        later = [marker for marker in self.markers() if marker.step > step]
+        super().forget_after(step)
+        self._remove(later)
 
     def clean(self) -> None:
         """Drop what is no longer kept, and remove its objects."""

@@ -1,12 +1,14 @@
 """A run's folder in a bucket: a lease in place of the lock, and metrics written under a condition."""
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from google.api_core.exceptions import PreconditionFailed
 
+from trainer.errors import ExitCode
 from trainer.runtime import files
 from trainer.runtime.bucket_checkpoints import BucketCheckpoints
 from trainer.runtime.checkpoints import Checkpoints
@@ -16,6 +18,8 @@ from trainer.runtime.pictures import save_grid
 from trainer.runtime.run_folder import Columns, RunFolder
 from trainer.storage.bucket import BucketPath
 from trainer.storage.places import Place
+
+log = logging.getLogger(__name__)
 
 
 class BucketFolder(RunFolder):
@@ -31,6 +35,7 @@ class BucketFolder(RunFolder):
         self._outbox = Outbox()
         self._scratch: Path | None = None
         self._metrics: tuple[str, int] | None = None
+        self._store: BucketCheckpoints | None = None
 
     @property
     def sample_data(self) -> Path:
@@ -46,15 +51,14 @@ class BucketFolder(RunFolder):
         """
         self.lease = Lease(self.path / self._lock_name, this_process(job)).take()
         self.token = self.lease.token
-        content, generation = self.metrics_object.read_versioned()
-        self._metrics = (content.decode(), generation)
-        self._write_metrics(content.decode())
+        self._metrics = taken_over(self.metrics_object)
         return self
 
     def store(self, keep: int) -> Checkpoints:
         """The run's checkpoints, taken over from whoever wrote them before."""
         assert isinstance(self.checkpoints, BucketPath)
-        return BucketCheckpoints(self.checkpoints, keep, self.lease)
+        self._store = self._store or BucketCheckpoints(self.checkpoints, keep, self.lease)
+        return self._store
 
     def check_claim(self) -> None:
         """Raises: LostClaimError: another process has taken the run over."""
@@ -89,6 +93,29 @@ class BucketFolder(RunFolder):
 
     def save_sample(self, step: int, columns: Callable[[], Columns]) -> None:
         """Draw the sample picture of a step, and send it; what cannot be sent now is sent with the next."""
-        with self._outbox.adding(self.samples / f"step-{step:07d}.png") as file:
-            save_grid(file, f"step {step}", columns())
+        pictures = columns()
+        try:
+            with self._outbox.adding(self.samples / f"step-{step:07d}.png") as file:
+                save_grid(file, f"step {step}", pictures)
+        except OSError as error:
+            log.warning("step %d: its pictures are left out: %s; training goes on", step, error)
         self._outbox.send()
+
+    def close(self) -> None:
+        """Send the pictures that are left."""
+        self._outbox.close()
+
+    def record_failure(self, line: str, exit_code: ExitCode, fingerprint: str) -> None:
+        """Leave the marker, if the run is still this process's."""
+        self.confirm_claim()
+        super().record_failure(line, exit_code, fingerprint)
+
+
+def taken_over(place: BucketPath) -> tuple[str, int]:
+    """Write an object anew as it is, so that it has a generation that an earlier writer does not know; the text and that."""
+    while True:
+        content, generation = place.read_versioned()
+        try:
+            return content.decode(), place.write_bytes(content, generation).generation
+        except PreconditionFailed:  # the earlier writer was faster; once more
+            continue

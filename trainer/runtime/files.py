@@ -1,5 +1,6 @@
 """Whole files or none, here or in a bucket: small helpers for everything that a run writes."""
 
+import logging
 import os
 import secrets
 import shutil
@@ -13,6 +14,7 @@ from trainer.storage.bucket import BucketPath
 from trainer.storage.places import Place
 from trainer.storage.transfer import replace_folder
 
+log = logging.getLogger(__name__)
 PROBE_MEBIBYTES = 64
 PROBE = ".preflight-"
 _SCRATCH: list[Path] = []
@@ -73,7 +75,11 @@ def scratch() -> Path:
 def remove_scratch() -> None:
     """Remove what `scratch` gave."""
     while _SCRATCH:
-        shutil.rmtree(_SCRATCH.pop())
+        folder = _SCRATCH.pop()
+        try:
+            shutil.rmtree(folder)
+        except OSError as error:  # no reason to end with another exit code than that of the work
+            log.warning("%s: could not be removed: %s", folder, error)
 
 
 def try_out(folder: BucketPath) -> None:

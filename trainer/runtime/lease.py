@@ -18,13 +18,13 @@ from pathlib import Path
 
 from google.api_core.exceptions import PreconditionFailed
 
-from trainer.errors import TrainerError, UserError
+from trainer.errors import BucketAwayError, BucketRefusedError, TrainerError, UserError
 from trainer.storage.bucket import BucketPath, State
 
 log = logging.getLogger(__name__)
 EXPIRES_SECONDS = 60.0
 BEAT_SECONDS = 10.0
-LOOK_SECONDS = 1.0
+LOOK_SECONDS = 3.0
 _BOOT, _NUMBERS = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
 
 
@@ -53,11 +53,12 @@ class Owner:
 
 
 def _started(pid: int) -> str:
-    """When a process of this machine began, in ticks since the machine did; empty if there is none (proc(5), field 22)."""
+    """When a process of this machine began, in ticks since the machine did (proc(5), field 22); empty if there is none alive."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except FileNotFoundError:
         return ""
+    return "" if fields[0] == "Z" else fields[19]
 
 
 def this_process(job: str = "") -> Owner:
@@ -115,20 +116,30 @@ class Lease:
             try:
                 self._generation = self._place.write_bytes(self._content(), self._generation, BEAT_SECONDS).generation
             except PreconditionFailed as error:
-                raise self.lose(self._place) from error
+                if not self._is_ours_still():
+                    raise self.lose(self._place) from error
+
+    def _is_ours_still(self) -> bool:
+        """Whether the lease bears our token: then a renewal of ours was written whose answer never came."""
+        content, generation = self._place.read_versioned(BEAT_SECONDS)
+        if self.token not in content.decode(errors="replace"):
+            return False
+        self._generation = generation
+        return True
 
     def release(self) -> None:
         """Give it up, so that the next process need not wait."""
         self._done.set()
         if self._thread:
-            self._thread.join()
-        if self._lost:
+            self._thread.join(2 * BEAT_SECONDS)
+        if self._lost or (self._thread and self._thread.is_alive()):
             return
         try:
-            self._place.unlink_if(self._generation, BEAT_SECONDS)
+            if self._is_ours_still():
+                self._place.unlink_if(self._generation, BEAT_SECONDS)
         except (PreconditionFailed, FileNotFoundError):
             log.warning("%s: was taken over while this process ended", self._place)
-        except TrainerError as error:
+        except (BucketAwayError, BucketRefusedError) as error:
             log.warning("%s: could not be given back, and expires in %.0f s: %s", self._place, EXPIRES_SECONDS, error)
 
     def lose(self, place: BucketPath) -> LostClaimError:
@@ -170,8 +181,8 @@ class Lease:
         holder = self._holder()
         if holder is None or (holder.job and holder.job == self._owner.job):
             return True
-        if holder.host == self._owner.host:
-            return _started(holder.pid) != holder.started
+        if holder.host == self._owner.host and _started(holder.pid) != holder.started:
+            return True
         return (self._service_time() - state.updated).total_seconds() > EXPIRES_SECONDS
 
     def _holder(self) -> Owner | None:

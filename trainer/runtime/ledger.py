@@ -116,10 +116,22 @@ class ObjectLedger:
     def __init__(self, folder: BucketPath, lease: Lease | None) -> None:
         """Read what is there; with a lease, write it anew, so that an earlier writer's writes are refused from now on."""
         self._place, self._lease = folder / LIST_NAME, lease
+        self._read()
+        if lease:
+            self._take_over(lease)
+
+    def _read(self) -> None:
         content, self._generation = self._place.read_versioned()
         self._document = self._parsed(content) if content else {"checkpoints": [], "best": {}}
-        if lease:
-            self._write(self._document)
+
+    def _take_over(self, lease: Lease) -> None:
+        while True:
+            text = json.dumps({"owner": lease.token, **self._document}, indent=1) + "\n"
+            try:
+                self._generation = self._place.write_bytes(text.encode(), self._generation).generation
+                return
+            except PreconditionFailed:  # the earlier writer was faster; once more
+                self._read()
 
     def _parsed(self, content: bytes) -> dict[str, Any]:
         try:

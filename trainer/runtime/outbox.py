@@ -5,20 +5,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from trainer.errors import BucketAwayError, BucketRefusedError
+from trainer.errors import TrainerError
 from trainer.runtime import files
 from trainer.storage.bucket import BucketPath
 from trainer.storage.places import Place
 
 log = logging.getLogger(__name__)
 PATIENCE_SECONDS = 10.0
+LAST_SEND_SECONDS = 60.0
 
 
 class Outbox:
     """Files of this machine that wait to be uploaded; each is told by where it goes."""
 
     def __init__(self) -> None:
-        self._folder = files.scratch()
+        self._folder: Path | None = None
         self._waiting: dict[BucketPath, Path] = {}
         self._numbers = 0
         self.failures = 0
@@ -28,6 +29,7 @@ class Outbox:
         """Give a path; what is written there is to be sent."""
         assert isinstance(to, BucketPath)
         self._numbers += 1
+        self._folder = self._folder or files.scratch()
         file = self._folder / str(self._numbers) / to.name
         file.parent.mkdir()
         yield file
@@ -45,16 +47,16 @@ class Outbox:
         for to, file in list(self._waiting.items()):
             try:
                 to.upload(file, seconds=seconds)
-            except (BucketAwayError, BucketRefusedError) as error:
+            except (TrainerError, OSError) as error:
                 self.failures += 1
                 log.warning("%s; training goes on; waiting to be sent: %d files, tried again later", error, len(self._waiting))
                 return False
             del self._waiting[to]
-            if file.is_relative_to(self._folder):
+            if self._folder and file.is_relative_to(self._folder):
                 file.unlink()
         return True
 
-    def close(self, seconds: float) -> None:
+    def close(self, seconds: float = LAST_SEND_SECONDS) -> None:
         """Try once more; keep what cannot be sent, and say where."""
         if not self.send(seconds):
             names = ", ".join(str(to) for to in self._waiting)

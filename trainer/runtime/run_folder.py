@@ -213,11 +213,14 @@ class RunFolder:
         for path in self.samples.glob("step-*.png"):
             number = path.stem.removeprefix("step-")
             if number.isdigit() and int(number) > step:
-                path.unlink()
+                path.unlink(missing_ok=True)
 
     def save_sample(self, step: int, columns: Callable[[], Columns]) -> None:
         """Write the sample picture of a step."""
         save_grid(self.samples / f"step-{step:07d}.png", f"step {step}", columns())
+
+    def close(self) -> None:
+        """Nothing waits to be written here."""
 
     def record_failure(self, line: str, exit_code: ExitCode, fingerprint: str) -> None:
         """Leave a marker, so that a blind restart ends at once with the same line and code."""
@@ -236,7 +239,7 @@ class RunFolder:
         if document["fingerprint"] in fingerprints:
             advice = f"(nothing has changed since; to try all the same, remove {self._failure_file})"
             raise RecordedFailure(f"{document['line']} {advice}", ExitCode(document["exit_code"]))
-        self._failure_file.unlink()
+        self._failure_file.unlink(missing_ok=True)
 
 
 def fingerprint(config: Config, data: Place | None) -> str:

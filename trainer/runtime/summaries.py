@@ -21,7 +21,6 @@ from trainer.storage.places import Place
 log = logging.getLogger(__name__)
 SEND_SECONDS = 60.0
 ROTATE_BYTES = 4 << 20
-LAST_SEND_SECONDS = 60.0
 
 
 class Summaries:
@@ -85,12 +84,12 @@ class BucketSummaries(Summaries):
 
     def flush(self) -> None:
         """Send what has changed; begin new files where they have grown."""
-        super().flush()
-        self._post()
         self._sent = time.monotonic()
         try:
+            super().flush()
+            self._post()
             self._confirm()
-        except BucketAwayError as error:
+        except (BucketAwayError, OSError, tf.errors.OpError) as error:
             log.warning("%s; training goes on, its summaries are sent later", error)
         else:
             self._outbox.send()
@@ -106,14 +105,14 @@ class BucketSummaries(Summaries):
 
     def close(self) -> None:
         """Close the files and send what is left."""
-        super().close()
-        self._post()
         try:
+            super().close()
+            self._post()
             self._confirm()
-        except TrainerError as error:
+        except (TrainerError, OSError, tf.errors.OpError) as error:
             log.warning("%s; the last summaries are not sent", error)
         else:
-            self._outbox.close(LAST_SEND_SECONDS)
+            self._outbox.close()
 
 
 def open_summaries(folder: Place, confirm: Callable[[], None], *, writes: bool) -> Summaries:

@@ -248,7 +248,7 @@ class BucketPath:
 
         patiently(remove, str(self), seconds)
 
-    def read_versioned(self) -> tuple[bytes, int]:
+    def read_versioned(self, seconds: float | None = None) -> tuple[bytes, int]:
         """The whole object and its generation; b"" and 0 if there is none."""
 
         def read() -> tuple[bytes, int]:
@@ -260,7 +260,7 @@ class BucketPath:
 
         while True:
             try:
-                return patiently(read, str(self))
+                return patiently(read, str(self), seconds)
             except (exceptions.PreconditionFailed, FileNotFoundError):  # written between the two requests
                 continue
 

@@ -9,7 +9,8 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar, TypeVar
 
 import google.auth.exceptions
@@ -26,7 +27,7 @@ from trainer.errors import BucketAwayError, BucketRefusedError
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
-CONNECT_SECONDS, STALL_SECONDS = 10.0, 20.0
+CONNECT_SECONDS, STALL_SECONDS = 5.0, 20.0
 TIMEOUT = (CONNECT_SECONDS, STALL_SECONDS)
 FIRST_WAIT, LONGEST_WAIT = 0.2, 8.0
 SAY_AFTER_SECONDS = 5.0
@@ -60,6 +61,17 @@ def _code(error: BaseException) -> int | None:
     return error.code if isinstance(error, exceptions.GoogleAPICallError) else None
 
 
+@contextmanager
+def patience(seconds: float) -> Iterator[None]:
+    """Wait for no longer than this, for a while."""
+    usual = Patience.seconds
+    Patience.seconds = min(usual, seconds)
+    try:
+        yield
+    finally:
+        Patience.seconds = usual
+
+
 def may_pass(error: BaseException) -> bool:
     """Whether another try may succeed: the service is busy or away, the line was cut, credentials are not there yet."""
     code = _code(error)
@@ -71,6 +83,7 @@ def may_go_on(error: BaseException) -> bool:
     return may_pass(error) and _code(error) not in _BEGIN_ANEW_CODES and not isinstance(error, DataCorruption)
 
 
+_current = threading.local()
 _lock = threading.Lock()
 _clients: list[storage.Client] = []
 
@@ -83,7 +96,7 @@ def client() -> storage.Client:
     """
     with _lock:
         if not _clients:
-            made = storage.Client()
+            made = storage.Client(project=None)  # what a project is needed for is not done here
             for scheme in ("https://", "http://"):
                 made._http.mount(scheme, HTTPAdapter(pool_connections=4, pool_maxsize=CONNECTIONS))
             _clients.append(made)
@@ -111,6 +124,7 @@ def patiently(action: Callable[[], Result], what: str, seconds: float | None = N
     """
     limit = Patience.seconds if seconds is None else seconds
     complaint = _Complaint(what, limit, silent=seconds is not None)
+    _current.complaint = complaint
     retry = Retry(may_pass, FIRST_WAIT, LONGEST_WAIT, 2.0, limit, on_error=complaint.note)
     try:
         result = retry(action)()
@@ -130,8 +144,12 @@ def patiently(action: Callable[[], Result], what: str, seconds: float | None = N
 
 
 def going_on_for(seconds: float) -> Retry:
-    """The policy inside a transfer; waits as everywhere: 0.2 s, 0.4 s and so on up to 8 s, each shortened at random."""
-    return Retry(may_go_on, FIRST_WAIT, LONGEST_WAIT, 2.0, seconds)
+    """The policy inside a transfer, whose failures are noted by the complaint of the request that it is part of.
+
+    Waits are those of everywhere: 0.2 s, 0.4 s and so on up to 8 s, each shortened at random.
+    """
+    complaint: _Complaint | None = getattr(_current, "complaint", None)
+    return Retry(may_go_on, FIRST_WAIT, LONGEST_WAIT, 2.0, seconds, on_error=complaint.note if complaint else None)
 
 
 class _Complaint:

@@ -185,7 +185,7 @@ class Preparation:
         self.folder.claim(DEAD_NODE_SECONDS if self._order.cluster.size > 1 else LOCK_SECONDS, self._order.container.job)
         self.folder.check_config(self.config)
         self._read_data(ensure_sample)
-        newest = self.newest = checkpoints_in(self.folder.checkpoints, self.config.train.keep).newest_whole()
+        newest = self.newest = self.folder.store(self.config.train.keep).newest_whole()
         finished = newest is not None and is_finished(newest, self.folder, self._data(), self.config)
         if not finished:
             self._note_what_runs()

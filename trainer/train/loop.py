@@ -6,13 +6,14 @@ from contextlib import nullcontext
 
 import tensorflow as tf
 
-from trainer.errors import DataError, DivergedError, StoppedError
+from trainer.errors import BucketAwayError, DataError, DivergedError, StoppedError, TrainerError
 from trainer.runtime.ledger import Marker
 from trainer.runtime.logs import Where
 from trainer.runtime.preemption import StopSignal
 from trainer.runtime.progress import Progress
 from trainer.runtime.run_folder import RunFolder
 from trainer.runtime.workers import Watchdog, meet, naming_lost_peers
+from trainer.storage.service import patience
 from trainer.train.actions import Run
 from trainer.train.begin import Order, Start, begin
 from trainer.train.block import deal, make_block
@@ -20,6 +21,7 @@ from trainer.train.evaluate import InterruptedEvaluation
 from trainer.train.state import TrainState
 
 log = logging.getLogger(__name__)
+LAST_SAVE_SECONDS = 10.0  # the bucket of the data may be that of the model
 
 
 def train(order: Order) -> str:
@@ -54,10 +56,19 @@ def run_to_the_end(run: Run, start: Start) -> None:
         train_to_the_end(run)
         run.workers.leave()
     except (DataError, DivergedError) as failure:
-        start.folder.record_failure(str(failure), failure.exit_code, start.mark)
+        record(start, failure)
         raise
     finally:
         run.summaries.close()
+        start.folder.close()
+
+
+def record(start: Start, failure: TrainerError) -> None:
+    """Leave the marker of a failure; where that cannot be done, the failure itself is what counts."""
+    try:
+        start.folder.record_failure(str(failure), failure.exit_code, start.mark)
+    except TrainerError as error:
+        log.warning("%s; a restart will try again", error)
 
 
 def restore(run: Run, newest: Marker | None) -> None:
@@ -98,6 +109,21 @@ def train_to_the_end(run: Run) -> None:
     measure_test(run, step)
 
 
+def save_what_was_done(run: Run) -> None:
+    """The data are away, and the run's folder may be elsewhere: save the steps since the last checkpoint, if that can be done.
+
+    A worker among others leaves it: the state could differ from what its peers have reached.
+    """
+    step = int(run.state.step.numpy())
+    if run.workers.size > 1 or not step or run.saved_step == step:
+        return
+    try:
+        with patience(LAST_SAVE_SECONDS):
+            run.checkpoint(step, pending=any(action.every.due(step) for action in run.actions()))
+    except TrainerError as error:
+        log.warning("%s; the newest checkpoint is that of step %s", error, run.saved_step)
+
+
 def run_block(run: Run, block: Callable[[tf.Tensor], None], step: int) -> int:
     """Run one block and return the step that was reached.
 
@@ -107,8 +133,12 @@ def run_block(run: Run, block: Callable[[tf.Tensor], None], step: int) -> int:
     """
     until = min(step + run.steps_per_block(), *(action.every.next_after(step) for action in run.actions()))
     run.meter.start(*run.input_totals())
-    with run.data.naming_damage(run.data.train, lambda: run.data.batch_records(int(run.state.step.numpy())).tolist()):
-        block(tf.constant(until, tf.int64))
+    try:
+        with run.data.naming_damage(run.data.train, lambda: run.data.batch_records(int(run.state.step.numpy())).tolist()):
+            block(tf.constant(until, tf.int64))
+    except BucketAwayError:
+        save_what_was_done(run)
+        raise
     reached = int(run.state.step.numpy())
     run.meter.stop(reached - step, *run.input_totals())
     run.watchdog.beat()
