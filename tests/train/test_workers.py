@@ -158,7 +158,7 @@ def test_folders_of_each_host_are_noticed_before_anything_is_trained(tmp_path: P
     for index in (0, 1):
         workers.start(index, *arguments(tmp_path / f"host{index}" / "run"))
     assert workers.codes() == {0: 2, 1: 2}
-    advice = "every worker must see the same folder: put it on a shared file system"
+    advice = "every worker must see the same folder: put it on a shared file system, or in a bucket"
     line = f"--model_dir={tmp_path}/host1/run: is not the chief's folder but one of this host; {advice}"
     assert workers.last_line(1) == f"trainer: {line}"
     assert workers.last_line(0) == f"trainer: worker 1: {line}"
