@@ -66,8 +66,8 @@ class Workers:
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if kind:
             self._held.close()  # what they are doing is not wanted, and waiting for a bucket that is away may take minutes
-        if self._pool:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+        if self._pool:  # one that leaves while it hands over a result leaves the pool's thread waiting for the rest of it
+            self._pool.shutdown(wait=not kind, cancel_futures=True)
         self._held.close()
         self._leash.close()
 
