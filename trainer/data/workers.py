@@ -19,6 +19,7 @@ from trainer.startup import load_tensorflow
 from trainer.storage.service import Patience
 
 CHUNK = 32
+LEAVE_SECONDS = 5.0
 CHUNKS_AHEAD = 3
 
 Item = TypeVar("Item")
@@ -66,10 +67,17 @@ class Workers:
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if kind:
             self._held.close()  # what they are doing is not wanted, and waiting for a bucket that is away may take minutes
-        if self._pool:  # one that leaves while it hands over a result leaves the pool's thread waiting for the rest of it
-            self._pool.shutdown(wait=not kind, cancel_futures=True)
+        if self._pool:
+            self._shut_down(self._pool, LEAVE_SECONDS if kind else None)
         self._held.close()
         self._leash.close()
+
+    @staticmethod
+    def _shut_down(pool: ProcessPoolExecutor, seconds: float | None) -> None:
+        """Wait for the end of the pool, so long at most: a process that left in the middle of a result keeps it waiting for ever."""
+        closing = threading.Thread(target=pool.shutdown, kwargs={"wait": True, "cancel_futures": True}, daemon=True)
+        closing.start()
+        closing.join(seconds)
 
     def map(self, function: Callable[[Sequence[Item]], list[Result]], items: Sequence[Item]) -> Iterator[Result]:
         """Apply a function of a few items to all items; results come in order.
