@@ -74,7 +74,7 @@ class Workers:
 
     @staticmethod
     def _shut_down(pool: ProcessPoolExecutor, seconds: float | None) -> None:
-        """Wait for the end of the pool, so long at most: a process that left in the middle of a result keeps it waiting for ever."""
+        """Wait for the end of the pool, so long at most: a process that left in the middle of a result keeps it waiting."""
         closing = threading.Thread(target=pool.shutdown, kwargs={"wait": True, "cancel_futures": True}, daemon=True)
         closing.start()
         closing.join(seconds)
