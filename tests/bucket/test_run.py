@@ -38,7 +38,9 @@ def test_data_and_model_in_a_bucket_give_the_bits_of_a_local_run(bucket: str, da
     done = run(*arguments(f"{bucket}/run", data), TMPDIR=str(temporary))
     assert done.returncode == 0, done.stderr
     assert f"pictures    {bucket}/run/samples" in done.stdout
-    ours = [path.name for path in temporary.iterdir() if not path.name.startswith("__autograph_generated_file")]  # TensorFlow's own
+    ours = [
+        path.name for path in temporary.iterdir() if not path.name.startswith("__autograph_generated_file")
+    ]  # TensorFlow's own
     assert ours == [], "nothing of the run is left on this machine"
     assert_same(f"{bucket}/run", local, tmp_path / "copy")
     again = run(*arguments(f"{bucket}/run", data))
