@@ -8,7 +8,7 @@ load_tensorflow()
 
 import tensorflow as tf  # noqa: E402
 
-from trainer.runtime.run_folder import BucketFolder  # noqa: E402
+from trainer.runtime.bucket_folder import BucketFolder  # noqa: E402
 from trainer.storage.bucket import parse  # noqa: E402
 
 
