@@ -175,7 +175,6 @@ class BucketPath:
         Raises:
             exceptions.PreconditionFailed: the object is of another generation.
         """
-
         mark = secrets.token_hex(8)
 
         def write() -> State:

@@ -33,10 +33,8 @@ FIRST_WAIT, LONGEST_WAIT = 0.2, 8.0
 SAY_AFTER_SECONDS = 5.0
 CONNECTIONS = 64
 _TEMPORARY_CODES = {408, 429, 500, 502, 503, 504}
-_BEGIN_ANEW_CODES = {
-    410,
-    416,
-}  # the session of an upload is lost; the rest of a download that came whole but damaged is asked for
+# 410: the session of an upload is lost. 416: a download came whole but damaged, and what is behind its end was asked for.
+_BEGIN_ANEW_CODES = {410, 416}
 _TEMPORARY = (
     requests.ConnectionError,
     requests.Timeout,
@@ -101,11 +99,6 @@ def client() -> storage.Client:
                 made._http.mount(scheme, HTTPAdapter(pool_connections=4, pool_maxsize=CONNECTIONS))
             _clients.append(made)
         return _clients[0]
-
-
-def forget_client() -> None:
-    """Make a new client next time: after a fork, and where the environment has changed."""
-    _clients.clear()
 
 
 def patiently(action: Callable[[], Result], what: str, seconds: float | None = None) -> Result:
