@@ -5,12 +5,13 @@ VENV   ?= .venv
 PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && echo $$p && break; done)
 BIN    := $(VENV)/bin
-# Two files of tests at a time; the limits of time and memory are measured alone.
 LOCK = $(BIN)/uv pip compile -q --upgrade --generate-hashes --python-version 3.11 --python-platform x86_64-manylinux_2_31 \
 	--no-emit-index-url --no-annotate --custom-compile-command "make lock"
-TWO_AT_ONCE := -n 2 --dist loadfile
+# Two files of tests at a time; what compares times is measured with nothing beside it.
+TWO_AT_ONCE := -n 2 --dist loadfile -m
+QUICK := not slow and not container
 
-.PHONY: help quickstart test test-tf220 test-all lint format lock drawings clean
+.PHONY: help quickstart test test-slow test-tf220 test-all lint format lock drawings clean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -34,16 +35,20 @@ quickstart: $(VENV)/.installed-cpu ## install, train on the sample for about two
 	$(BIN)/trainer --config=configs/sample.yaml --model_dir=runs/sample
 
 test: $(VENV)/.installed-dev ## install, run the tests that fit before every commit
-	$(BIN)/python -m pytest $(TWO_AT_ONCE)
+	$(BIN)/python -m pytest $(TWO_AT_ONCE) '$(QUICK) and not clock'
+	$(BIN)/python -m pytest -m '$(QUICK) and clock'
+
+test-slow: $(VENV)/.installed-dev ## run the tests that take long
+	$(BIN)/python -m pytest $(TWO_AT_ONCE) 'slow and not clock' --durations=10
+	$(BIN)/python -m pytest -m 'slow and clock' -s
 
 test-tf220: ## run the tests of `make test` on TensorFlow 2.20, which the TPU image has, in .venv-tf220
 	test -x .venv-tf220/bin/python || $(PYTHON) -m venv .venv-tf220
 	.venv-tf220/bin/python -m pip install -qq --editable '.[cpu,dev]' 'tensorflow-cpu==2.20.*'
-	.venv-tf220/bin/python -m pytest $(TWO_AT_ONCE)
+	.venv-tf220/bin/python -m pytest $(TWO_AT_ONCE) '$(QUICK) and not clock'
+	.venv-tf220/bin/python -m pytest -m '$(QUICK) and clock'
 
-test-all: $(VENV)/.installed-dev ## run every test, the long ones too
-	$(BIN)/python -m pytest -m 'slow or not slow' $(TWO_AT_ONCE) --ignore tests/test_limits.py
-	$(BIN)/python -m pytest -m slow tests/test_limits.py
+test-all: test test-slow ## run every test but the containers'
 
 lint: $(VENV)/.installed-dev ## style and types
 	$(BIN)/ruff check .

@@ -48,6 +48,7 @@ setup(
             "kubernetes-validate>=1.31",
             "mypy>=1.13",
             "pytest>=8",
+            "pytest-rerunfailures>=15",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
             "ruff>=0.8",

@@ -26,6 +26,16 @@ from trainer.trained import TrainedRun, open_run  # noqa: E402
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+CLOCK_TRIES = 3
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What compares times may be disturbed by a busy machine; a real slowness fails every time."""
+    for item in items:
+        if item.get_closest_marker("clock"):
+            item.add_marker(pytest.mark.flaky(reruns=CLOCK_TRIES - 1))
+
+
 SMALL = (
     "data.image_size=[64,64]",
     "data.jitter=6",

@@ -12,6 +12,7 @@ FULL = ("model.generator.filters=64", "model.discriminator.filters=64")
 SETTINGS = ("train.steps=16", "train.checkpoint_every=8", "train.evaluate_every=8", "train.sample_every=8")
 
 
+@pytest.mark.clock
 @pytest.mark.slow
 def test_memory_and_time_to_the_first_step(tmp_path: Path) -> None:
     """Under 3 GB with checkpoints, pictures and evaluation; under 20 s from the command to the first step."""

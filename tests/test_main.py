@@ -60,6 +60,7 @@ def quick(*arguments: str, **environment: str) -> tuple[subprocess.CompletedProc
     return done, time.monotonic() - began
 
 
+@pytest.mark.clock
 def test_help_teaches_in_under_two_seconds() -> None:
     done, seconds = quick("--help")
     assert done.returncode == 0
@@ -68,6 +69,7 @@ def test_help_teaches_in_under_two_seconds() -> None:
         assert word in done.stdout
 
 
+@pytest.mark.clock
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
@@ -89,6 +91,7 @@ def test_wrong_input_is_one_line_exit_2_in_under_two_seconds(arguments: tuple[st
     assert seconds < 2
 
 
+@pytest.mark.clock
 def test_legacy_keras_is_refused_at_once() -> None:
     done, seconds = quick(TF_USE_LEGACY_KERAS="1")
     assert done.returncode == 2

@@ -279,6 +279,7 @@ def test_a_shard_that_goes_away_while_it_is_read_is_named(sample_folder: Path, s
     assert re.match(rf"DataError: {sample_there / shard}, record \d+: cannot be read: there is no such object$", failure(data))
 
 
+@pytest.mark.clock
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_a_bucket_that_stays_away_ends_with_what_it_said(
     split: str, sample_there: BucketPath, bucket_service: BucketService, monkeypatch: pytest.MonkeyPatch

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ from trainer.runtime import lease as module
 from trainer.runtime.bucket_checkpoints import BucketCheckpoints
 from trainer.runtime.bucket_folder import BucketFolder
 from trainer.runtime.lease import Lease, LostClaimError, Owner, release_all, this_process
+from trainer.runtime.ledger import ObjectLedger
 from trainer.storage.bucket import BucketPath, parse
 from trainer.storage.service import Patience
 
@@ -38,6 +40,7 @@ def saved(checkpoints: BucketCheckpoints, *steps: int) -> tf.train.Checkpoint:
     return state
 
 
+@pytest.mark.clock
 def test_a_lease_is_renewed_and_given_back(folder: BucketPath) -> None:
     lease = Lease(folder / ".lease", this_process("job-1")).take()
     first = (folder / ".lease").state()
@@ -51,6 +54,7 @@ def test_a_lease_is_renewed_and_given_back(folder: BucketPath) -> None:
     assert folder.listing() == {}
 
 
+@pytest.mark.clock
 def test_a_live_holder_is_named_to_the_second(folder: BucketPath) -> None:
     Lease(folder / ".lease", replace(ELSEWHERE, job="night-run")).take()
     began = time.monotonic()
@@ -59,6 +63,7 @@ def test_a_live_holder_is_named_to_the_second(folder: BucketPath) -> None:
     assert time.monotonic() - began < 2, "its next sign of life is enough"
 
 
+@pytest.mark.clock
 def test_the_lease_of_a_dead_process_of_another_machine_expires_by_the_services_clock(folder: BucketPath) -> None:
     (folder / ".lease").write_bytes(json.dumps({"owner": module.asdict(ELSEWHERE), "token": "x", "beat": 1}).encode())
     began = time.monotonic()
@@ -66,6 +71,7 @@ def test_the_lease_of_a_dead_process_of_another_machine_expires_by_the_services_
     assert 1.5 < time.monotonic() - began < 6
 
 
+@pytest.mark.clock
 def test_a_dead_process_of_this_machine_and_the_same_job_are_not_waited_for(folder: BucketPath) -> None:
     me = this_process("job-1")
     for holder in (replace(me, job="", started="1"), replace(ELSEWHERE, job="job-1")):
@@ -81,6 +87,50 @@ def test_a_process_of_this_machine_that_lives_is_not_taken_over(folder: BucketPa
         Lease(folder / ".lease", this_process()).take()
 
 
+def test_a_renewal_whose_answer_was_lost_is_still_ours(folder: BucketPath, bucket_service: BucketService) -> None:
+    """The repeated request is refused, because the first one was written: the object bears our token."""
+    lease = Lease(folder / ".lease", this_process()).take()
+    bucket_service.faults(Fault("lost_reply", "POST", r"\.lease"))
+    lease.confirm()
+    lease.confirm()
+    lease.check()
+    lease.release()
+    assert folder.listing() == {}
+
+
+def test_a_renewal_after_a_takeover_is_refused(folder: BucketPath, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BEAT_SECONDS", 1000.0)
+    old = Lease(folder / ".lease", replace(ELSEWHERE, job="job")).take()
+    new = Lease(folder / ".lease", this_process("job")).take()
+    with pytest.raises(LostClaimError, match="another process has taken this run over"):
+        old.confirm()
+    new.confirm()
+    old.release()
+    assert json.loads((folder / ".lease").read_text())["token"] == new.token, "the loser leaves it alone"
+
+
+def test_of_many_that_find_a_lease_expired_one_takes_it(folder: BucketPath, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BEAT_SECONDS", 0.3)
+    (folder / ".lease").write_bytes(json.dumps({"owner": module.asdict(ELSEWHERE), "token": "x", "beat": 1}).encode())
+    taken: list[str] = []
+
+    def contend(number: int) -> str:
+        lease = Lease(folder / ".lease", replace(ELSEWHERE, host=f"host-{number}/boot/pid"))
+        try:
+            lease.take()
+        except UserError as error:
+            return str(error)
+        taken.append(lease.token)
+        return ""
+
+    with ThreadPoolExecutor(6) as threads:
+        said = list(threads.map(contend, range(6)))
+    assert len(taken) == 1
+    assert json.loads((folder / ".lease").read_text())["token"] == taken[0]
+    assert sum("is training in it" in line for line in said) == 5
+
+
+@pytest.mark.clock
 def test_a_holder_learns_that_it_was_replaced(folder: BucketPath) -> None:
     old = Lease(folder / ".lease", replace(ELSEWHERE, job="job")).take()
     Lease(folder / ".lease", this_process("job")).take()
@@ -90,6 +140,7 @@ def test_a_holder_learns_that_it_was_replaced(folder: BucketPath) -> None:
     assert caught.value.exit_code == ExitCode.UNEXPECTED
 
 
+@pytest.mark.clock
 def test_a_lease_that_cannot_be_given_back_costs_seconds_and_hides_no_error(
     folder: BucketPath, bucket_service: BucketService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,6 +153,7 @@ def test_a_lease_that_cannot_be_given_back_costs_seconds_and_hides_no_error(
     bucket_service.away(False)
 
 
+@pytest.mark.clock
 def test_a_bucket_that_is_away_does_not_end_the_lease(folder: BucketPath, bucket_service: BucketService) -> None:
     lease = Lease(folder / ".lease", this_process()).take()
     bucket_service.away(True)
@@ -184,6 +236,37 @@ def test_a_save_whose_last_answer_was_lost_counts_once(folder: BucketPath, bucke
     state = saved(checkpoints, 10)
     checkpoints.save(state, 20)
     assert [marker.step for marker in BucketCheckpoints(folder / "checkpoints", 2).markers()] == [10, 20]
+
+
+def test_checkpoints_without_their_list_are_no_fresh_start(folder: BucketPath) -> None:
+    lease = Lease(folder / ".lease", this_process()).take()
+    saved(BucketCheckpoints(folder / "checkpoints", 2, lease), 10)
+    (folder / "checkpoints" / "checkpoints.json").unlink()
+    before = (folder / "checkpoints").listing()
+    with pytest.raises(UserError, match=r"checkpoints: holds checkpoints and no checkpoints\.json; bring that back"):
+        BucketCheckpoints(folder / "checkpoints", 2, lease)
+    assert (folder / "checkpoints").listing() == before
+
+
+def test_a_list_that_is_written_while_it_is_taken_over_is_taken_over_with_that(
+    folder: BucketPath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The earlier writer's last save falls between the successor's look at the list and its first write."""
+    monkeypatch.setattr(module, "BEAT_SECONDS", 1000.0)
+    earlier = BucketCheckpoints(folder / "checkpoints", 2, Lease(folder / ".lease", replace(ELSEWHERE, job="job")).take())
+    state, lease = saved(earlier, 10), Lease(folder / ".lease", this_process("job")).take()
+    read = ObjectLedger._read
+
+    def read_slowly(self: ObjectLedger) -> None:
+        read(self)
+        monkeypatch.setattr(ObjectLedger, "_read", read)
+        earlier.save(state, 20)
+
+    monkeypatch.setattr(ObjectLedger, "_read", read_slowly)
+    successor = BucketCheckpoints(folder / "checkpoints", 2, lease)
+    assert [marker.step for marker in successor.markers()] == [10, 20]
+    with pytest.raises(LostClaimError):
+        earlier.save(state, 30)
 
 
 def test_a_list_that_is_damaged_is_no_fresh_start(folder: BucketPath) -> None:

@@ -21,6 +21,7 @@ def data(bucket: str, sample_folder: Path) -> str:
     return f"{bucket}/data"
 
 
+@pytest.mark.clock
 @pytest.mark.parametrize("flag", ["--data_dir", "--model_dir", "--config"])
 def test_a_bucket_that_is_not_there_is_named_in_seconds(flag: str, bucket: str) -> None:
     began = time.monotonic()
@@ -84,6 +85,7 @@ def test_a_service_that_is_busy_is_waited_for_and_then_left_with_75(bucket: str,
     assert "tried for 3 s; run this again when the bucket answers" in told(done)[-1]
 
 
+@pytest.mark.clock
 def test_credentials_that_are_not_there_are_waited_for_and_explained(bucket: str) -> None:
     """Workload identity may give them some seconds after a pod has begun; on a laptop the line says what to do."""
     began = time.monotonic()

@@ -331,6 +331,7 @@ def test_the_command_says_a_refusal_in_one_line(pictures: Path, bucket_service: 
         prepare(to_bucket(f"{bucket}/pictures", f"{bucket}/data"), 1)
 
 
+@pytest.mark.clock
 def test_a_signal_ends_it_while_the_bucket_is_away(bucket_service: BucketService, bucket: str, tmp_path: Path) -> None:
     """Its processes wait for pictures, with minutes of patience left; they are let go at once."""
     write_pairs(tmp_path / "some", 40, "jpeg")

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.bucket.runs import arguments, assert_same, copy_up, finish, listed, newest, run, wait_for_step
-from tests.bucket.service import BucketService, forbidden, refuse
+from tests.bucket.runs import arguments, assert_same, copy_up, finish, listed, newest, run, wait_for_step, wait_until
+from tests.bucket.service import BucketService, Fault, forbidden, refuse
 from tests.conftest import run_trainer, start_trainer
+from tests.test_cluster import vertex
+from trainer.runtime.checkpoints import Checkpoints
 from trainer.storage.bucket import parse
 
 
@@ -178,6 +180,53 @@ def test_a_bucket_that_stays_away_ends_the_run_with_75_and_leaves_the_last_check
     assert_same(f"{bucket}/run", local, tmp_path)
 
 
+@pytest.mark.slow
+def test_when_the_data_stay_away_what_was_done_is_saved_where_the_run_is(
+    bucket: str, data: str, local: Path, tmp_path: Path, bucket_service: BucketService
+) -> None:
+    """Data in a bucket, the run on this machine: the steps since the last checkpoint are not lost."""
+    folder = tmp_path / "run"
+    given = ("train.checkpoint_every=0", "train.evaluate_every=0", "train.sample_every=0", "train.steps=100000")
+    flags = arguments(str(folder), data, *given, "runtime.bucket_patience_seconds=2", "data.cache=none", "train.summary_every=1")
+    process = start_trainer(*flags)
+    wait_until(lambda: bool(list(folder.glob("summaries/train/events*"))), process)
+    bucket_service.away(True)
+    done = finish(process)
+    assert done.returncode == 75, done.stderr
+    (marker,) = Checkpoints(folder / "checkpoints", 2).markers()
+    assert marker.step > 0
+    bucket_service.away(False)
+    last = run(*[flag.replace("train.steps=100000", f"train.steps={marker.step + 1}") for flag in flags])
+    assert last.returncode == 0, last.stderr
+    assert f"going on from the checkpoint of step {marker.step}" in last.stderr
+
+
+@pytest.mark.clock
+@pytest.mark.parametrize("waits_for", ["a batch", pytest.param("an evaluation", marks=pytest.mark.slow)])
+def test_a_signal_while_the_data_are_away_is_answered_in_seconds_and_loses_nothing(
+    waits_for: str, bucket: str, data: str, local: Path, tmp_path: Path, bucket_service: BucketService
+) -> None:
+    """The supervisor's grace is short, the patience with the bucket is long."""
+    folder, every = tmp_path / "run", 5 if waits_for == "an evaluation" else 0
+    given = ("train.checkpoint_every=0", f"train.evaluate_every={every}", "train.sample_every=0", "train.steps=100000")
+    split = "val" if every else "train"
+    flags = arguments(str(folder), data, *given, "data.cache=none", "train.summary_every=1")
+    bucket_service.faults(Fault("status", "GET", rf"{split}.*alt=media", times=None, skip=3))
+    process = start_trainer(*flags)
+    wait_until(lambda: len([one for one in bucket_service.requests() if one.fault]) > 5, process)
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    done = finish(process)
+    assert time.monotonic() - began < 10
+    assert done.returncode == 143, done.stderr
+    marker = Checkpoints(folder / "checkpoints", 2).markers()[-1]
+    assert f"SIGTERM: stopped; step {marker.step} is saved in {folder}" in last_line(done)
+    assert marker.step > 0
+    bucket_service.faults()
+    last = run(*[flag.replace("train.steps=100000", f"train.steps={marker.step + 1}") for flag in flags])
+    assert last.returncode == 0, last.stderr
+
+
 def test_a_permission_that_is_withdrawn_in_the_middle_is_one_line_and_permanent(
     bucket: str, data: str, bucket_service: BucketService
 ) -> None:
@@ -222,6 +271,39 @@ def test_vertex_folders_hold_checkpoints_summaries_and_the_model(bucket: str, da
     lines = [json.loads(line) for line in parse(f"{bucket}/job/metrics.jsonl").read_text().splitlines()]
     last = next(line["l1"] for line in reversed(lines) if line["split"] == "val")
     assert f"val L1 {last:.1f} of 255" in measured.stdout
+
+
+@pytest.mark.slow
+def test_a_folder_that_is_named_is_stronger_than_those_of_vertex(bucket: str, data: str) -> None:
+    """But the model for serving goes where Vertex AI looks for it."""
+    folders = {
+        "AIP_MODEL_DIR": f"{bucket}/job/model/",
+        "AIP_CHECKPOINT_DIR": f"{bucket}/job/checkpoints/",
+        "AIP_TENSORBOARD_LOG_DIR": f"{bucket}/job/logs/",
+    }
+    done = run(*arguments(f"{bucket}/mine", data, "train.steps=20", "train.evaluate_every=0"), **folders)
+    assert done.returncode == 0, done.stderr
+    mine, job = parse(f"{bucket}/mine").listing(), parse(f"{bucket}/job").listing()
+    assert {"config.yaml", "checkpoints/checkpoints.json"} <= set(mine)
+    assert {name.split("/")[0] for name in mine} >= {"summaries", "samples"}
+    assert {name.split("/")[0] for name in job} == {"model"}
+    assert "model/saved_model.pb" in job
+
+
+@pytest.mark.slow
+def test_each_trial_of_a_tuning_job_is_a_job_of_its_own(bucket: str, data: str) -> None:
+    """Trials of one job differ in their settings; none may take over from another."""
+    given = arguments(f"{bucket}/run", data, "train.steps=100000")
+    cluster = {"workerpool0": ["localhost:2222"]}
+    of_trial = {one: {"CLOUD_ML_JOB_ID": "7", **vertex(cluster, "workerpool0", trial=one)} for one in ("1", "2")}
+    process = start_trainer(*given, **of_trial["1"])
+    wait_for_step(process, f"{bucket}/run", 15)
+    assert json.loads(parse(f"{bucket}/run/.lease").read_text())["owner"]["job"] == "7/1"
+    other = run(*given, **of_trial["2"])
+    assert other.returncode == 2
+    assert re.search(r"job 7/1, process \d+ on \S+ is training in it", last_line(other))
+    process.send_signal(signal.SIGTERM)
+    assert finish(process).returncode == 143
 
 
 @pytest.mark.slow

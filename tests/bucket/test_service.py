@@ -446,6 +446,7 @@ def test_a_connection_ends_without_an_answer(bucket_service: BucketService, box:
     assert not box.blob("b").exists()
 
 
+@pytest.mark.clock
 @pytest.mark.parametrize("position", [None, 400])
 def test_a_stall_outlasts_the_client(bucket_service: BucketService, box: storage.Bucket, position: int | None) -> None:
     put(box, "a", content(1000))
@@ -457,6 +458,7 @@ def test_a_stall_outlasts_the_client(bucket_service: BucketService, box: storage
     assert objects(bucket_service, "GET")[-1].sent == (position or 0)
 
 
+@pytest.mark.clock
 def test_a_stall_ends_after_its_time(bucket_service: BucketService, box: storage.Bucket) -> None:
     put(box, "a", b"1")
     bucket_service.faults(Fault("stall", "GET", seconds=0.3))
@@ -586,6 +588,7 @@ def test_the_client_copes_with_a_bad_network(bucket_service: BucketService, box:
 # Throttle, log, life.
 
 
+@pytest.mark.clock
 def test_latency_waits_before_every_request(bucket_service: BucketService, box: storage.Bucket) -> None:
     put(box, "a", b"1")
     bucket_service.throttle(latency=0.1)
@@ -595,6 +598,7 @@ def test_latency_waits_before_every_request(bucket_service: BucketService, box: 
     assert 0.3 <= time.monotonic() - start < 1.5
 
 
+@pytest.mark.clock
 def test_a_connection_keeps_to_its_rate(bucket_service: BucketService, box: storage.Bucket) -> None:
     data = content(1_000_000)
     bucket_service.throttle(bytes_per_second=2_000_000)

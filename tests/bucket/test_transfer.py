@@ -40,6 +40,7 @@ def test_results_come_in_order_and_no_more_than_one_a_thread_waits() -> None:
     assert begun[0] == 40
 
 
+@pytest.mark.clock
 def test_after_a_failure_nothing_new_begins_and_nobody_waits() -> None:
     begun, hold = [], threading.Event()
 

@@ -11,7 +11,6 @@ from trainer.data.records import ImageSpec, Manifest, read_manifest
 from trainer.data.sample import SAMPLE_FOLDER, pair_example
 
 LABELS = ImageSpec(kind="labels", channels=3, bit_depth=8)
-PHOTO = ImageSpec(kind="photo", channels=3, bit_depth=8)
 PICTURE = SAMPLE_FOLDER / "val" / sorted(path.name for path in (SAMPLE_FOLDER / "val").glob("*.jpg"))[0]
 STILL = tf.constant([0, 0, 0])
 
@@ -59,20 +58,31 @@ def test_crop_and_mirror_are_the_same_for_both_images(manifest: Manifest) -> Non
 
 def test_label_maps_get_no_colours_that_were_not_there(manifest: Manifest) -> None:
     decoded = pairs.decode_record(record(), manifest).input
-    resized = pairs.resize(decoded, 286, 286, LABELS)
-    colours = {tuple(pixel) for pixel in decoded.numpy().reshape(-1, 3)}
+    resized = pairs.prepare(record(), manifest, (286, 286), "forward", 0, STILL).input
+    colours = {tuple(pixel) for pixel in pairs.to_unit_range(decoded, LABELS).numpy().reshape(-1, 3)}
     assert {tuple(pixel) for pixel in resized.numpy().reshape(-1, 3)} <= colours
+
+
+@pytest.mark.parametrize("mirrored", [0, 1])
+@pytest.mark.parametrize("resized", [(286, 286), (300, 97), (256, 256), (33, 511), (1, 7)])
+def test_label_maps_resize_as_tensorflow_does(resized: tuple[int, int], mirrored: int, manifest: Manifest) -> None:
+    whole = tf.image.resize(pairs.decode_record(record(), manifest).input, resized, method="nearest").numpy()
+    jitter = min(*resized, 20) - 1
+    size, how = (resized[0] - jitter, resized[1] - jitter), tf.constant([jitter // 2, jitter, mirrored])
+    ours = pairs.prepare(record(), manifest, size, "forward", jitter, how).input
+    crop = whole[jitter // 2 :, jitter:][: size[0], : size[1]][:, :: -1 if mirrored else 1]
+    np.testing.assert_array_equal(ours, crop.astype(np.float32) * np.float32(2 / 255) - np.float32(1))
 
 
 def test_photographs_are_shrunk_with_antialiasing() -> None:
     stripes = np.tile(np.array([0.0, 255.0], np.float32), 64)[None, :, None].repeat(128, 0).repeat(3, 2)
-    small = pairs.resize(tf.constant(stripes), 32, 32, PHOTO).numpy()
+    small = pairs.resize(tf.constant(stripes), 32, 32).numpy()
     assert np.abs(small[:, 2:-2] - 127.5).max() < 3
 
 
 def test_photographs_resize_as_pillow_does(manifest: Manifest) -> None:
     target = pairs.decode_record(record(), manifest).target
-    ours = pairs.resize(target, 100, 180, PHOTO).numpy()
+    ours = pairs.resize(target, 100, 180).numpy()
     image = Image.fromarray(target.numpy().astype(np.uint8))
     theirs = np.asarray(image.resize((180, 100), Image.Resampling.BILINEAR), np.float64)
     assert np.abs(ours - theirs).max() < 1.5

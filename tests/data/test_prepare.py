@@ -254,6 +254,7 @@ def memory(process: psutil.Process) -> int:
         return 0
 
 
+@pytest.mark.clock
 @pytest.mark.slow
 def test_ten_thousand_pairs_in_a_minute_and_flat_memory(tmp_path: Path) -> None:
     """512x256 JPEG on two cores; four times the pictures take no more memory."""

@@ -46,6 +46,7 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     return process
 
 
+@pytest.mark.clock
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_ends_a_block_of_steps_within_a_second(number: signal.Signals, tmp_path: Path) -> None:
     process = start(tmp_path)
@@ -68,6 +69,7 @@ def test_a_wish_that_is_repeated_at_once_is_one_wish(tmp_path: Path) -> None:
     assert "left the block after" in out
 
 
+@pytest.mark.clock
 def test_later_ctrl_c_leaves_at_once(tmp_path: Path) -> None:
     process = start(tmp_path, "wait")
     process.send_signal(signal.SIGTERM)

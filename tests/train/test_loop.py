@@ -103,6 +103,7 @@ def test_killed_at_three_random_moments_it_ends_with_the_same_bits(undisturbed: 
     assert_same_run(folder, undisturbed)
 
 
+@pytest.mark.clock
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_stopped_by_a_signal_it_saves_and_ends_with_the_same_bits(
     number: signal.Signals, undisturbed: Path, tmp_path: Path

@@ -118,6 +118,7 @@ def test_a_peer_that_never_comes_is_named(tmp_path: Path) -> None:
     assert worker.last_line(1).startswith(f"trainer: after 3 s the chief (127.0.0.1:{worker.ports[0]}) cannot be reached: ")
 
 
+@pytest.mark.clock
 def test_a_worker_that_waits_can_be_stopped(tmp_path: Path) -> None:
     chief = Workers(tmp_path / "logs", *arguments(tmp_path / "run"), only=(0,))
     chief.wait_for(0, "waiting for worker 1")

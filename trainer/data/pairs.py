@@ -11,7 +11,7 @@ from trainer.data.records import ImageSpec, Manifest
 
 
 class Pair(NamedTuple):
-    """Two images of one scene: float32, (height, width, channels); 0 to 2^bits - 1 when decoded, later [-1, 1]."""
+    """Two images of one scene, (height, width, channels): as decoded uint8 or uint16, 0 to 2^bits - 1; later float32, [-1, 1]."""
 
     input: tf.Tensor
     target: tf.Tensor
@@ -23,8 +23,8 @@ def maximum(spec: ImageSpec) -> int:
 
 
 def to_unit_range(image: tf.Tensor, spec: ImageSpec) -> tf.Tensor:
-    """Scale 0..maximum of the image's true bit depth to [-1, 1]."""
-    return image * (2.0 / maximum(spec)) - 1.0
+    """Scale 0..maximum of the image's true bit depth, of whatever dtype, to float32 in [-1, 1]."""
+    return tf.cast(image, tf.float32) * (2.0 / maximum(spec)) - 1.0
 
 
 def from_unit_range(image: tf.Tensor, bit_depth: int = 8) -> tf.Tensor:
@@ -34,21 +34,20 @@ def from_unit_range(image: tf.Tensor, bit_depth: int = 8) -> tf.Tensor:
 
 
 def decode_image(encoded: tf.Tensor, image_format: tf.Tensor, spec: ImageSpec) -> tf.Tensor:
-    """Decode JPEG, PNG, BMP or WebP bytes to float32 levels 0..maximum, shape (height, width, channels).
+    """Decode JPEG, PNG, BMP or WebP bytes to levels 0..maximum, uint8 or (PNG of 16 bits) uint16, (height, width, channels).
 
     JPEG uses the accurate inverse transform by name: TensorFlow's default is the fast one, off by up to 8 levels.
     """
     channels = spec.channels
 
     def jpeg() -> tf.Tensor:
-        image = tf.io.decode_jpeg(encoded, channels=min(channels, 3), dct_method="INTEGER_ACCURATE")
-        return tf.cast(image, tf.float32)
+        return tf.io.decode_jpeg(encoded, channels=min(channels, 3), dct_method="INTEGER_ACCURATE")
 
     def other() -> tf.Tensor:
-        return tf.cast(tf.io.decode_image(encoded, channels=channels, expand_animations=False), tf.float32)
+        return tf.io.decode_image(encoded, channels=channels, expand_animations=False)
 
     if spec.bit_depth == 16:
-        image = tf.cast(tf.io.decode_png(encoded, channels=channels, dtype=tf.uint16), tf.float32)
+        image = tf.io.decode_png(encoded, channels=channels, dtype=tf.uint16)
     elif channels == 4:
         image = other()
     else:
@@ -86,13 +85,11 @@ def _split(side_by_side: tf.Tensor) -> Pair:
     return Pair(side_by_side[:, :half], side_by_side[:, half : 2 * half])
 
 
-def resize(image: tf.Tensor, height: int, width: int, spec: ImageSpec) -> tf.Tensor:
-    """Resize with bilinear filtering for photographs, antialiased where they shrink, and nearest neighbour for label maps.
+def resize(image: tf.Tensor, height: int, width: int) -> tf.Tensor:
+    """Resize a photograph with bilinear filtering, antialiased where it shrinks; float32.
 
     Where nothing shrinks the antialiasing filter is the plain one, and takes three times as long.
     """
-    if spec.kind == "labels":
-        return tf.image.resize(image, [height, width], method="nearest")
 
     def filtered(*, antialias: bool) -> tf.Tensor:
         return tf.image.resize(image, [height, width], method="bilinear", antialias=antialias)
@@ -101,9 +98,30 @@ def resize(image: tf.Tensor, height: int, width: int, spec: ImageSpec) -> tf.Ten
     return tf.cond(shrinks, lambda: filtered(antialias=True), lambda: filtered(antialias=False))
 
 
-def _crop_and_mirror(image: tf.Tensor, size: tuple[int, int], how: tf.Tensor) -> tf.Tensor:
-    crop = image[how[0] : how[0] + size[0], how[1] : how[1] + size[1]]
-    return tf.cond(how[2] > 0, lambda: tf.reverse(crop, [1]), lambda: crop)
+def nearest(length: tf.Tensor, resized: int) -> tf.Tensor:
+    """Which pixel along a side is nearest to each pixel of the resized side: int32, (resized,); centres are half a pixel in."""
+    centres = (tf.range(resized, dtype=tf.float32) + 0.5) * (tf.cast(length, tf.float32) / resized)
+    return tf.minimum(tf.cast(centres, tf.int32), length - 1)
+
+
+class _Window(NamedTuple):
+    """The part of a resized image that the networks see, and whether it is mirrored."""
+
+    resized: tuple[int, int]
+    size: tuple[int, int]
+    how: tf.Tensor
+
+    def of(self, image: tf.Tensor, spec: ImageSpec) -> tf.Tensor:
+        """This part of an image; of a label map, which gets no colours that were not there, only the pixels that are in it."""
+        top, left = self.how[0], self.how[1]
+        (height, width), mirrored = self.size, self.how[2] > 0
+        if spec.kind == "labels":
+            rows = nearest(tf.shape(image)[0], self.resized[0])[top : top + height]
+            columns = nearest(tf.shape(image)[1], self.resized[1])[left : left + width]
+            columns = tf.where(mirrored, columns[::-1], columns)
+            return tf.gather(tf.gather(image, rows), columns, axis=1)
+        crop = resize(image, *self.resized)[top : top + height, left : left + width]
+        return tf.cond(mirrored, lambda: tf.reverse(crop, [1]), lambda: crop)
 
 
 def prepare(record: tf.Tensor, manifest: Manifest, size: tuple[int, int], direction: str, jitter: int, how: tf.Tensor) -> Pair:
@@ -117,11 +135,8 @@ def prepare(record: tf.Tensor, manifest: Manifest, size: tuple[int, int], direct
         jitter: pixels that the resize adds to both sides before the crop.
         how: int32 (3,): top and left of the crop in 0..jitter, and 1 to mirror; the same for both images.
     """
-    height, width = size
-    specs = (manifest.input, manifest.target)
+    window = _Window((size[0] + jitter, size[1] + jitter), size, how)
     images = []
-    for image, spec in zip(decode_record(record, manifest), specs, strict=True):
-        larger = resize(image, height + jitter, width + jitter, spec)
-        crop = _crop_and_mirror(larger, size, how)
-        images.append(tf.ensure_shape(to_unit_range(crop, spec), [height, width, spec.channels]))
+    for image, spec in zip(decode_record(record, manifest), (manifest.input, manifest.target), strict=True):
+        images.append(tf.ensure_shape(to_unit_range(window.of(image, spec), spec), [*size, spec.channels]))
     return Pair(*(images if direction == "forward" else reversed(images)))

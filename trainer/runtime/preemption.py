@@ -10,6 +10,7 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType, TracebackType
 
 import tensorflow as tf
@@ -33,7 +34,9 @@ def _leave_it_to_the_thread(signum: int, frame: FrameType | None) -> None:
 class StopSignal:
     """A context in which signals ask for a stop instead of ending the process; a later Ctrl-C ends it at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, then: Callable[[], None] = lambda: None) -> None:
+        """Args: then: called once, in the thread that hears the first signal."""
+        self._then = then
         with tf.device("/cpu:0"):
             self.flag = tf.Variable(False, trainable=False)
         self.received: str | None = None
@@ -62,6 +65,7 @@ class StopSignal:
         self.received, self._since = name, time.monotonic()
         self.flag.assign(True)
         log.info("%s: stopping after this step and saving (Ctrl-C once more: leave at once)", name)
+        self._then()
 
     def _again(self, name: str) -> None:
         """A person who presses Ctrl-C twice wants to leave; a supervisor that repeats itself does not."""

@@ -158,7 +158,7 @@ class Watchdog:
         self._progress: Callable[[], int] | None = None
         self._over = threading.Event()
         self._moved = time.monotonic()
-        self._stepped = False
+        self._stepped = self._busy = False
 
     def follow(self, progress: Callable[[], int]) -> None:
         """Watch a number that grows with every step."""
@@ -168,6 +168,16 @@ class Watchdog:
     def beat(self) -> None:
         """Something was done that is no step."""
         self._moved = time.monotonic()
+
+    @contextmanager
+    def busy(self) -> Iterator[None]:
+        """Do what may take long and needs no peer, such as a save to a slow bucket after a signal."""
+        self._busy = True
+        try:
+            yield
+        finally:
+            self.beat()
+            self._busy = False
 
     def __enter__(self) -> "Watchdog":
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -185,7 +195,7 @@ class Watchdog:
             limit = self._seconds if self._stepped else max(self._seconds, FIRST_SECONDS)
             if self._hurried():
                 limit = min(limit, HURRIED_SECONDS)
-            if time.monotonic() - self._moved > limit:
+            if not self._busy and time.monotonic() - self._moved > limit:
                 self._end(limit, seen or 0)
 
     def _end(self, limit: float, step: int) -> None:

@@ -91,12 +91,8 @@ class BucketPath:
 
     def state(self, seconds: float | None = None) -> State | None:
         """Size, checksum and generation; None if there is no such object."""
-
-        def ask() -> State | None:
-            found = self._bucket().get_blob(self.key, timeout=TIMEOUT, retry=None)
-            return None if found is None else _state(found)
-
-        return patiently(ask, str(self), seconds)
+        found = self._found(seconds)
+        return None if found is None else _state(found)
 
     def is_file(self) -> bool:
         """Whether there is an object of exactly this name."""
@@ -141,7 +137,10 @@ class BucketPath:
         return self.read_bytes().decode(encoding)
 
     def read_range(self, start: int, end: int) -> bytes:
-        """The bytes from `start` up to `end`, fewer where the object ends before; no checksum is known for a part."""
+        """The bytes from `start` up to `end`, fewer where the object ends before; no checksum is known for a part.
+
+        This is how training data are read, so it gives up soon when the process is asked to stop.
+        """
 
         def read() -> bytes:
             try:
@@ -152,7 +151,7 @@ class BucketPath:
                 return b""
             return content
 
-        return patiently(read, str(self))
+        return patiently(read, str(self), hurries=True)
 
     def download(self, to: Path) -> None:
         """Copy the object to a file, its checksum compared; a cut download goes on where it was cut."""
@@ -214,7 +213,7 @@ class BucketPath:
         try:
             state = patiently(write, str(self), seconds)
         except exceptions.PreconditionFailed:
-            found = patiently(lambda: self._bucket().get_blob(self.key, timeout=TIMEOUT, retry=None), str(self), seconds)
+            found = self._found(seconds)
             if found is None or (found.metadata or {}).get(MARK) != mark:
                 raise
             state = _state(found)
@@ -280,6 +279,10 @@ class BucketPath:
         if mark:
             blob.metadata = {MARK: mark}
         return blob
+
+    def _found(self, seconds: float | None) -> Blob | None:
+        """What the service says of the object."""
+        return patiently(lambda: self._bucket().get_blob(self.key, timeout=TIMEOUT, retry=None), str(self), seconds)
 
     def _list(self, limit: int | None = None, seconds: float | None = None) -> list[Blob]:
         def ask() -> list[Blob]:

@@ -6,6 +6,7 @@ goes through google-cloud-storage, and TensorFlow is only ever given files of th
 """
 
 import logging
+import math
 import re
 import threading
 import time
@@ -17,7 +18,7 @@ import google.auth.exceptions
 import requests
 import urllib3.exceptions
 from google.api_core import exceptions
-from google.api_core.retry import Retry
+from google.api_core.retry import Retry, exponential_sleep_generator, retry_target
 from google.cloud import storage
 from google.cloud.storage.exceptions import DataCorruption, InvalidResponse
 from requests.adapters import HTTPAdapter
@@ -29,7 +30,8 @@ Result = TypeVar("Result")
 
 CONNECT_SECONDS, STALL_SECONDS = 5.0, 20.0
 TIMEOUT = (CONNECT_SECONDS, STALL_SECONDS)
-FIRST_WAIT, LONGEST_WAIT = 0.2, 8.0
+FIRST_WAIT, LONGEST_WAIT, HURRIED_WAIT = 0.2, 8.0, 0.5
+HURRIED_SECONDS = 3.0
 SAY_AFTER_SECONDS = 5.0
 CONNECTIONS = 64
 _TEMPORARY_CODES = {408, 429, 500, 502, 503, 504}
@@ -50,6 +52,30 @@ class Patience:
     """How many seconds a request is tried again before the bucket counts as away; the config sets it."""
 
     seconds = 300.0
+
+
+class Hurry:
+    """The wish of a process that was asked to stop: reads that training waits for give up soon, if the bucket is away."""
+
+    asked = threading.Event()
+    _ends = math.inf
+
+    @classmethod
+    def ask(cls) -> None:
+        """From now on such reads are tried for some seconds, however patient all else is."""
+        cls._ends = time.monotonic() + HURRIED_SECONDS
+        cls.asked.set()
+
+    @classmethod
+    def forget(cls) -> None:
+        """Be as patient as before."""
+        cls._ends = math.inf
+        cls.asked.clear()
+
+    @classmethod
+    def over(cls) -> bool:
+        """Whether these seconds are over."""
+        return time.monotonic() > cls._ends
 
 
 def _code(error: BaseException) -> int | None:
@@ -101,13 +127,14 @@ def client() -> storage.Client:
         return _clients[0]
 
 
-def patiently(action: Callable[[], Result], what: str, seconds: float | None = None) -> Result:
+def patiently(action: Callable[[], Result], what: str, seconds: float | None = None, *, hurries: bool = False) -> Result:
     """Do it, and again while what fails may pass.
 
     Args:
         action: one or more requests; doing them twice must be harmless.
         what: the gs:// address, for the lines.
         seconds: for how long; by default what the config says. Who gives another number says himself what it came to.
+        hurries: give up soon when the process is asked to stop.
 
     Raises:
         BucketAwayError: it did not pass in time.
@@ -118,13 +145,14 @@ def patiently(action: Callable[[], Result], what: str, seconds: float | None = N
     limit = Patience.seconds if seconds is None else seconds
     complaint = _Complaint(what, limit, silent=seconds is not None)
     _current.complaint = complaint
-    retry = Retry(may_pass, FIRST_WAIT, LONGEST_WAIT, 2.0, limit, on_error=complaint.note)
+    pauses = _pauses(complaint) if hurries else exponential_sleep_generator(FIRST_WAIT, LONGEST_WAIT)
     try:
-        result = retry(action)()
+        result: Result = retry_target(action, may_pass, pauses, limit, on_error=complaint.note)
         complaint.take_back()
         return result
     except exceptions.RetryError as error:
-        advice = f"tried for {limit:.0f} s; run this again when the bucket answers"
+        tried = "until it was asked to stop" if hurries and Hurry.over() else f"for {limit:.0f} s"
+        advice = f"tried {tried}; run this again when the bucket answers"
         raise BucketAwayError(f"{what}: {reason(error.cause or error)} ({advice})") from error
     except (exceptions.PreconditionFailed, FileNotFoundError):
         raise
@@ -134,6 +162,18 @@ def patiently(action: Callable[[], Result], what: str, seconds: float | None = N
         raise BucketRefusedError(refusal(error, what)) from error
     finally:
         complaint.end()
+
+
+def _pauses(complaint: "_Complaint") -> Iterator[float]:
+    """The usual pauses, waited here, where a stop cuts them short; what is yielded is still to be waited.
+
+    Raises:
+        exceptions.RetryError: a stop was asked for some seconds ago.
+    """
+    for pause in exponential_sleep_generator(FIRST_WAIT, LONGEST_WAIT):
+        if Hurry.over():
+            raise exceptions.RetryError("a stop was asked for", complaint.latest)  # type: ignore[no-untyped-call]
+        yield HURRIED_WAIT if Hurry.asked.wait(pause) else 0.0
 
 
 def going_on_for(seconds: float) -> Retry:
@@ -157,8 +197,10 @@ class _Complaint:
         self._what, self._limit, self._silent = what, limit, silent
         self._bucket = "/".join(what.split("/")[:3])
         self._since: float | None = None
+        self.latest: Exception | None = None
 
     def note(self, error: Exception) -> None:
+        self.latest = error
         self._since = self._since or time.monotonic()
         lasts = time.monotonic() - self._since > min(SAY_AFTER_SECONDS, self._limit / 2)
         due = lasts or isinstance(error, google.auth.exceptions.GoogleAuthError)

@@ -172,9 +172,9 @@ class Run:
 
     def checkpoint(self, step: int, *, pending: bool = False) -> None:
         """Save everything; what was logged before is handed to the file system first."""
-        self.summaries.flush()
-        self.checkpoints.save(self.state.checkpoint(), step, pending=pending)
-        self.watchdog.beat()
+        with self.watchdog.busy():
+            self.summaries.flush()
+            self.checkpoints.save(self.state.checkpoint(), step, pending=pending)
         self.saved_step, self.saved_pending = step, pending
 
 

@@ -13,7 +13,7 @@ from trainer.runtime.preemption import StopSignal
 from trainer.runtime.progress import Progress
 from trainer.runtime.run_folder import RunFolder
 from trainer.runtime.workers import Watchdog, meet, naming_lost_peers
-from trainer.storage.service import patience
+from trainer.storage.service import Hurry, patience
 from trainer.train.actions import Run
 from trainer.train.begin import Order, Start, begin
 from trainer.train.block import deal, make_block
@@ -37,7 +37,7 @@ def train(order: Order) -> str:
     if start.finished and start.newest:
         return "this run is finished; raise train.steps to go on\n" + closing_lines(start.folder, start.newest)
     strategy = start.build()
-    with naming_lost_peers(order.cluster), StopSignal() as stop:
+    with naming_lost_peers(order.cluster), StopSignal(Hurry.ask) as stop:
         watchdog = Watchdog(start.config.runtime.peer_timeout_seconds, lambda: stop.received is not None)
         with watchdog if order.cluster.size > 1 else nullcontext():
             state = TrainState(start.config, start.data.specs, strategy)
@@ -104,13 +104,18 @@ def train_to_the_end(run: Run) -> None:
             losses = state.mean_losses() or state.latest_losses()
             progress.update(step, run.meter.images_per_second, losses, run.meter.fed)
             finish_step(run, step)
+        measure_test(run, step)
+    except BucketAwayError:
+        save_what_was_done(run)
+        if run.stop.received and run.workers.size == 1:
+            raise stopped(run) from None
+        raise
     finally:
         progress.close()
-    measure_test(run, step)
 
 
 def save_what_was_done(run: Run) -> None:
-    """The data are away, and the run's folder may be elsewhere: save the steps since the last checkpoint, if that can be done.
+    """The bucket is away, and the run's folder may be elsewhere: save the steps since the last checkpoint, if that can be done.
 
     A worker among others leaves it: the state could differ from what its peers have reached.
     """
@@ -133,12 +138,8 @@ def run_block(run: Run, block: Callable[[tf.Tensor], None], step: int) -> int:
     """
     until = min(step + run.steps_per_block(), *(action.every.next_after(step) for action in run.actions()))
     run.meter.start(*run.input_totals())
-    try:
-        with run.data.naming_damage(run.data.train, lambda: run.data.batch_records(int(run.state.step.numpy())).tolist()):
-            block(tf.constant(until, tf.int64))
-    except BucketAwayError:
-        save_what_was_done(run)
-        raise
+    with run.data.naming_damage(run.data.train, lambda: run.data.batch_records(int(run.state.step.numpy())).tolist()):
+        block(tf.constant(until, tf.int64))
     reached = int(run.state.step.numpy())
     run.meter.stop(reached - step, *run.input_totals())
     run.watchdog.beat()
@@ -181,11 +182,15 @@ def save_and_stop(run: Run, step: int, *, pending: bool) -> None:
     """
     if step and run.saved_step != step:
         run.checkpoint(step, pending=pending)
-    saved = f"step {run.saved_step} is saved in {run.folder.path}" if run.saved_step is not None else "nothing was trained yet"
     run.workers.leave()
-    raise StoppedError(
-        f"{run.stop.received or 'a signal to another worker'}: stopped; {saved}; the same command goes on from there"
-    )
+    raise stopped(run)
+
+
+def stopped(run: Run) -> StoppedError:
+    """The line that says who asked for the stop, and what is saved."""
+    saved = f"step {run.saved_step} is saved in {run.folder.path}" if run.saved_step is not None else "nothing is saved yet"
+    by = run.stop.received or "a signal to another worker"
+    return StoppedError(f"{by}: stopped; {saved}; the same command goes on from there")
 
 
 def measure_test(run: Run, step: int) -> None:
