@@ -110,6 +110,16 @@ def test_without_tensorflow_the_line_says_what_to_install() -> None:
     assert done.stderr.count("\n") == 1
 
 
+def test_an_error_that_nobody_foresaw_ends_at_once_with_its_traceback() -> None:
+    """Threads that still work, as those of an input pipeline do, are not waited for."""
+    code = "import sys, threading, time; import trainer.__main__ as entry; entry.run = lambda argv: 1 / 0"
+    code += "; threading.Thread(target=time.sleep, args=(60,)).start(); sys.argv = ['trainer']; entry.main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=30)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Traceback (most recent call last):")
+    assert done.stderr.endswith("ZeroDivisionError: division by zero\n")
+
+
 def test_missing_data_leaves_nothing_behind(tmp_path: Path) -> None:
     done = run_trainer(f"--data_dir={tmp_path}/nope", f"--model_dir={tmp_path}/run")
     assert (done.returncode, done.stdout) == (2, "")

@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from types import TracebackType
 from typing import NoReturn
 
 from trainer import __version__
@@ -82,6 +83,15 @@ def told(argv: Sequence[str]) -> int:
     return ExitCode.DONE
 
 
+def _end_with_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """What the interpreter does with an error that nobody foresaw, without its own end."""
+    _LAST.append(error)
+    sys.__excepthook__(kind, error, trace)
+    with suppress(OSError):
+        sys.stderr.flush()
+    os._exit(ExitCode.UNEXPECTED)
+
+
 def wants_json(argv: Sequence[str]) -> bool:
     """Whether the lines are for machines; where the flags are wrong, that is told in the form that they ask for."""
     from trainer.arguments import parse
@@ -99,6 +109,7 @@ def main() -> NoReturn:
     neither can go on.
     """
     answer_early_stops(sys.argv)
+    sys.excepthook = _end_with_traceback
     from trainer.relay import relay
 
     os._exit((relay if wants_json(sys.argv) else told)(sys.argv))
@@ -107,6 +118,7 @@ def main() -> NoReturn:
 def relayed() -> NoReturn:
     """The child of the relay."""
     answer_early_stops(sys.argv)
+    sys.excepthook = _end_with_traceback
     from trainer.relay import stop_with_the_relay
 
     stop_with_the_relay()

@@ -199,7 +199,7 @@ def check(values: flags.FlagValues) -> str:
     """trainer check"""
     (data_dir,) = need(values, "check", "data_dir")
     where, thumbnails = _place(data_dir, "--data_dir"), values.thumbnails
-    sheet = _place(thumbnails, "--thumbnails") if thumbnails else None
+    sheet = _try_out(_place(thumbnails, "--thumbnails")) if thumbnails else None
     _begin(values)
     from trainer.check import check as run
 

@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.bucket.service import BucketService, Fault, Request, forbidden, refuse
+from tests.bucket.answers import forbidden
+from tests.bucket.faults import Fault, Request, refuse
+from tests.bucket.service import BucketService
 from tests.conftest import SMALL, run_trainer, small_config
 from trainer.check import check
 from trainer.data import keep, order, records

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from tests.bucket.answers import forbidden
+from tests.bucket.faults import Fault, refuse
 from tests.bucket.runs import copy_down
-from tests.bucket.service import BucketService, Fault, forbidden, refuse
+from tests.bucket.service import BucketService
 from tests.conftest import run_trainer
 from tests.pictures import encode, label
 from trainer.errors import BucketRefusedError, UserError

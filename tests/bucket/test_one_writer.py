@@ -9,7 +9,9 @@ from dataclasses import replace
 import pytest
 import tensorflow as tf
 
-from tests.bucket.service import BucketService, Fault, forbidden, refuse
+from tests.bucket.answers import forbidden
+from tests.bucket.faults import Fault, refuse
+from tests.bucket.service import BucketService
 from trainer.errors import BucketRefusedError, ExitCode, TrainerError, UserError
 from trainer.runtime import lease as module
 from trainer.runtime.bucket_checkpoints import BucketCheckpoints

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.bucket.answers import UNAVAILABLE, forbidden, retained
+from tests.bucket.faults import refuse
 from tests.bucket.runs import copy_up, run
-from tests.bucket.service import UNAVAILABLE, BucketService, forbidden, refuse, retained
+from tests.bucket.service import BucketService
 from trainer.storage.bucket import parse
 
 

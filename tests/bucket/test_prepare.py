@@ -11,7 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.bucket.service import BucketService, Fault, Request, forbidden, refuse
+from tests.bucket.answers import forbidden
+from tests.bucket.faults import Fault, Request, refuse
+from tests.bucket.service import BucketService
 from tests.conftest import run_trainer, start_trainer
 from tests.data.test_prepare import digests, options, spoil
 from tests.data.test_published import Server, archive, server

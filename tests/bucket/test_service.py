@@ -22,17 +22,9 @@ from google.cloud import storage
 from google.cloud.storage.exceptions import DataCorruption, InvalidResponse
 from google.cloud.storage.retry import DEFAULT_RETRY
 
-from tests.bucket.service import (
-    QUANTUM,
-    RATE_LIMITED,
-    BucketService,
-    Chance,
-    Fault,
-    Request,
-    forbidden,
-    refuse,
-    retained,
-)
+from tests.bucket.answers import QUANTUM, RATE_LIMITED, forbidden, retained
+from tests.bucket.faults import Chance, Fault, Request, refuse
+from tests.bucket.service import BucketService
 
 pytest_plugins = ["tests.bucket.fixtures"]
 

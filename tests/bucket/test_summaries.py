@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import tensorflow as tf
 
-from tests.bucket.service import BucketService, forbidden, refuse
+from tests.bucket.answers import forbidden
+from tests.bucket.faults import refuse
+from tests.bucket.service import BucketService
 from trainer.errors import BucketAwayError
 from trainer.runtime import outbox, summaries
 from trainer.runtime.lease import LostClaimError

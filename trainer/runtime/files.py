@@ -4,6 +4,7 @@ import logging
 import os
 import secrets
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from trainer.storage.transfer import replace_folder
 log = logging.getLogger(__name__)
 PROBE_MEBIBYTES = 64
 PROBE = ".preflight-"
+_GENERATED = "__autograph_generated_file"
 _SCRATCH: list[Path] = []
 TEMPORARY = ".writing-"  # and not the file's own name: TensorBoard reads whatever has `tfevents` in it
 
@@ -80,6 +82,13 @@ def remove_scratch() -> None:
             shutil.rmtree(folder)
         except OSError as error:  # no reason to end with another exit code than that of the work
             log.warning("%s: could not be removed: %s", folder, error)
+    _remove_generated()
+
+
+def _remove_generated() -> None:
+    """Remove the Python files that TensorFlow wrote for its graphs: it would do so at the interpreter's end, which never comes."""
+    for name in [name for name in sys.modules if name.startswith(_GENERATED)]:
+        Path(str(sys.modules[name].__file__)).unlink(missing_ok=True)
 
 
 def try_out(folder: BucketPath) -> None:

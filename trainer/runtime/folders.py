@@ -15,7 +15,7 @@ from trainer.storage.bucket import BucketPath
 from trainer.storage.places import Place, place
 
 
-class _WritesNothing:
+class _WritesNothing(RunFolder):
     """What workers other than the chief do where the chief writes: what they read is there, what they write goes nowhere."""
 
     def write_config(self, config: Config, notes: dict[str, str]) -> None:
@@ -37,8 +37,13 @@ class _WritesNothing:
     def save_sample(self, step: int, columns: Callable[[], Columns]) -> None:
         """The chief draws it."""
 
+    def record_failure(self, line: str, exit_code: ExitCode, fingerprint: str) -> None:
+        """What all of them see, the chief records; a record that is damaged may have been seen by this worker alone."""
+        if exit_code == ExitCode.USER:
+            super().record_failure(line, exit_code, fingerprint)
 
-class NonChiefFolder(_WritesNothing, RunFolder):
+
+class NonChiefFolder(_WritesNothing):
     """The run's folder as workers other than the chief hold it."""
 
     def claim(self, seconds: float = LOCK_SECONDS, job: str = "") -> "NonChiefFolder":
@@ -49,11 +54,6 @@ class NonChiefFolder(_WritesNothing, RunFolder):
         """The run's checkpoints, of which this process writes none."""
         assert isinstance(self.checkpoints, Path)
         return NonChiefCheckpoints(self.checkpoints, keep)
-
-    def record_failure(self, line: str, exit_code: ExitCode, fingerprint: str) -> None:
-        """What all of them see, the chief records; a record that is damaged may have been seen by this worker alone."""
-        if exit_code == ExitCode.USER:
-            super().record_failure(line, exit_code, fingerprint)
 
 
 class NonChiefBucketFolder(_WritesNothing, BucketFolder):
@@ -67,11 +67,6 @@ class NonChiefBucketFolder(_WritesNothing, BucketFolder):
         """The run's checkpoints, of which this process writes none."""
         assert isinstance(self.checkpoints, BucketPath)
         return NonChiefBucketCheckpoints(self.checkpoints, keep)
-
-    def record_failure(self, line: str, exit_code: ExitCode, fingerprint: str) -> None:
-        """As `NonChiefFolder` does."""
-        if exit_code == ExitCode.USER:
-            super().record_failure(line, exit_code, fingerprint)
 
 
 def open_folder(path: Place, folders: VertexFolders, *, writes: bool = True) -> RunFolder:
