@@ -86,7 +86,7 @@ def remove_scratch() -> None:
 
 
 def _remove_generated() -> None:
-    """Remove the Python files that TensorFlow wrote for its graphs: it would do so at the interpreter's end, which never comes."""
+    """Remove the Python files that TensorFlow wrote for its graphs: it would do so at an end that never comes."""
     for name in [name for name in sys.modules if name.startswith(_GENERATED)]:
         Path(str(sys.modules[name].__file__)).unlink(missing_ok=True)
 
