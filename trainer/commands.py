@@ -71,15 +71,23 @@ def resolve(values: flags.FlagValues) -> "tuple[Config, Place]":
     from trainer.storage.service import Patience
 
     Patience.seconds = config.runtime.bucket_patience_seconds
-    _place(config.data.dir, "--data_dir")
+    _place(config.data.dir, "data.dir" if values.data_dir is None else "--data_dir")
     return config, _model_dir(values.model_dir, Path(path).stem if path else "run")
 
 
 def _model_dir(named: str | None, run: str) -> "Place":
-    """--model_dir; without it the folder that Vertex AI's folders lie in; without that, runs/NAME here."""
-    folders = read_cluster(os.environ).folders
-    if not named and folders.model:
-        return _place(folders.model, "AIP_MODEL_DIR").parent
+    """--model_dir; without it the folder that Vertex AI's folders lie in; without that, runs/NAME here.
+
+    Raises:
+        UserError: the run would be kept in a container that goes away with it.
+    """
+    cluster = read_cluster(os.environ)
+    if not named and cluster.folders.model:
+        return _place(cluster.folders.model, "AIP_MODEL_DIR").parent
+    if not named and cluster.source == "CLUSTER_SPEC":
+        raise UserError(
+            "--model_dir: allowed on Vertex AI: a folder, or a job with baseOutputDirectory; else the run is lost with it"
+        )
     return _place(named or f"runs/{run}", "--model_dir")
 
 
@@ -131,7 +139,12 @@ def _preflight(config: Config, model_dir: "Place", folders: VertexFolders) -> No
         "AIP_TENSORBOARD_LOG_DIR": folders.summaries,
         "AIP_MODEL_DIR": folders.model,
     }
-    written = [model_dir, *(_place(folder, name) for name, folder in named.items() if folder)]
+    vertex = {name: _place(folder, name) for name, folder in named.items() if folder}
+    written = [model_dir, *vertex.values()]
+    if served := vertex.pop("AIP_MODEL_DIR", None):
+        from trainer.preflight import check_model_folder
+
+        check_model_folder(served, [model_dir, *vertex.values()])
     if any(not isinstance(where, Path) for where in (data, *written) if where):
         from trainer.preflight import preflight
 
@@ -226,6 +239,8 @@ def _trained(values: flags.FlagValues, command: str):  # type: ignore[no-untyped
 
 def evaluate(values: flags.FlagValues) -> str:
     """trainer evaluate"""
+    (model_dir,) = need(values, "evaluate", "model_dir")
+    _try_out(_place(model_dir, "--model_dir"))
     run = _trained(values, "evaluate")
     from trainer.evaluate import evaluate as measure
 

@@ -166,7 +166,7 @@ def test_a_missing_permission_is_named_with_bucket_and_account(folder: BucketPat
         (folder / "x").read_bytes()
     line = str(caught.value)
     assert line.startswith(f"{folder / 'x'}: somebody@project.iam.gserviceaccount.com does not have storage.objects.get access")
-    assert line.endswith("grant it storage.objects.get, which roles/storage.objectAdmin has")
+    assert line.endswith("grant it storage.objects.get, which roles/storage.objectViewer has")
     assert "\n" not in line
     assert caught.value.exit_code == ExitCode.USER
 

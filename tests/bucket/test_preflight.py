@@ -10,6 +10,7 @@ from tests.bucket.answers import UNAVAILABLE, forbidden, retained
 from tests.bucket.faults import refuse
 from tests.bucket.runs import copy_up, run
 from tests.bucket.service import BucketService
+from tests.test_cluster import vertex
 from trainer.storage.bucket import parse
 
 
@@ -50,7 +51,8 @@ def test_a_missing_permission_on_the_models_place_is_one_line(
     (line,) = told(done)
     assert line.startswith(f"trainer: {bucket}/run")
     assert "trainer@project.iam.gserviceaccount.com" in line
-    assert line.endswith(f"grant it storage.objects.{permission}, which roles/storage.objectAdmin has")
+    role = "objectViewer" if permission in ("get", "list") else "objectAdmin"
+    assert line.endswith(f"grant it storage.objects.{permission}, which roles/storage.{role} has")
 
 
 def test_a_bucket_with_a_retention_policy_is_refused(bucket: str, bucket_service: BucketService) -> None:
@@ -99,6 +101,62 @@ def test_credentials_that_are_not_there_are_waited_for_and_explained(bucket: str
     assert "no credentials found; run `gcloud auth application-default login`" in told(done)[0]
     assert "tried for 3 s" in told(done)[-1]
     assert 1 < time.monotonic() - began < 20
+
+
+@pytest.mark.clock
+def test_a_key_file_that_is_not_there_is_named(bucket: str) -> None:
+    """A login would not help: the variable goes before it."""
+    done = run(
+        f"--model_dir={bucket}/run", "--set=runtime.bucket_patience_seconds=2",
+        STORAGE_EMULATOR_HOST="", NO_GCE_CHECK="true", GOOGLE_APPLICATION_CREDENTIALS="/nonexistent/key.json",
+    )  # fmt: skip
+    assert done.returncode == 75
+    assert "the credentials do not work: File /nonexistent/key.json was not found" in told(done)[-1]
+
+
+@pytest.mark.parametrize("inside", ["", "/run"])
+def test_a_run_in_the_folder_of_vertex_s_model_is_refused(inside: str, bucket: str, data: str) -> None:
+    """The exported model replaces all that is in it: the finished run would be gone."""
+    model = f"{bucket}/job/model"
+    done = run(f"--data_dir={data}", f"--model_dir={model}{inside}", AIP_MODEL_DIR=f"{model}/")
+    assert done.returncode == 2
+    assert told(done) == [
+        f"trainer: AIP_MODEL_DIR={model}: the exported model replaces all in it, and {model}{inside} is in it; name another"
+    ]
+    assert parse(model).listing() == {}
+
+
+def test_files_of_somebody_in_the_folder_of_vertex_s_model_are_not_replaced(bucket: str, data: str) -> None:
+    model = parse(f"{bucket}/job/model")
+    (model / "saved_model.pb").write_bytes(b"an earlier one")
+    (model / "variables" / "variables.index").write_bytes(b"too")
+    given = (f"--data_dir={data}", f"--model_dir={bucket}/run", "--dry_run")
+    assert run(*given, AIP_MODEL_DIR=str(model)).returncode == 0
+    (model / "notes.txt").write_bytes(b"mine")
+    done = run(*given, AIP_MODEL_DIR=str(model))
+    assert done.returncode == 2
+    assert told(done)[-1].startswith(f"trainer: AIP_MODEL_DIR={model}: holds notes.txt, which the exported model would replace")
+
+
+@pytest.mark.parametrize("inside", ["", "/run"])
+def test_the_same_holds_on_a_disk(inside: str, data: str, tmp_path: Path) -> None:
+    done = run(f"--data_dir={data}", f"--model_dir={tmp_path}{inside}", AIP_MODEL_DIR=f"{tmp_path}/")
+    assert done.returncode == 2
+    assert "the exported model replaces all in it" in told(done)[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_vertex_job_that_would_lose_its_run_is_refused(data: str) -> None:
+    done = run(f"--data_dir={data}", CLUSTER_SPEC=vertex({"workerpool0": ["localhost:2222"]}, "workerpool0")["CLUSTER_SPEC"])
+    assert done.returncode == 2
+    assert told(done)[-1].startswith("trainer: --model_dir: allowed on Vertex AI: a folder, or a job with baseOutputDirectory")
+
+
+def test_an_account_that_may_only_read_is_named_before_anything_is_measured(bucket: str, bucket_service: BucketService) -> None:
+    bucket_service.faults(refuse(forbidden("storage.objects.create"), "POST"))
+    done = run("evaluate", f"--model_dir={bucket}/run")
+    assert done.returncode == 2
+    assert "grant it storage.objects.create, which roles/storage.objectAdmin has" in told(done)[-1]
 
 
 def test_a_config_is_read_from_a_bucket(bucket: str) -> None:

@@ -208,7 +208,9 @@ def read_manifest(folder: Place) -> Manifest:
     except (FileNotFoundError, NotADirectoryError) as error:
         if not folder.is_dir():
             raise DataError(f"{folder}: no such data folder; --data_dir names a prepared data set") from error
-        raise DataError(f"{folder}: no {MANIFEST_NAME} in it, so it is not a prepared data set") from error
+        raise DataError(
+            f"{folder}: no {MANIFEST_NAME} in it, so it is not a prepared data set; `trainer prepare` makes one of pictures"
+        ) from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
     except pydantic.ValidationError as error:

@@ -150,15 +150,17 @@ class Split:
     def noting(self, reader: Reader) -> Reader:
         """The same, but a failure is kept in `damage`, and the records are b"", which no decoder takes.
 
-        TensorFlow would print an exception that passes through it, with its traceback, beside the one line we give.
+        TensorFlow would print an exception that passes through it, with its traceback, beside the one line we give. Nothing is
+        read after the first failure: it ends the pipeline, and reads that are tried for minutes would keep it waiting.
         """
 
         def read(at: int, numbers: Sequence[int]) -> list[bytes]:
             try:
-                return reader(at, numbers)
+                if self.damage is None:
+                    return reader(at, numbers)
             except TrainerError as error:
-                self.damage = error
-                return [b""] * len(numbers)
+                self.damage = self.damage or error
+            return [b""] * len(numbers)
 
         return read
 

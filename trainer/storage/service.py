@@ -145,7 +145,7 @@ def patiently(action: Callable[[], Result], what: str, seconds: float | None = N
     limit = Patience.seconds if seconds is None else seconds
     complaint = _Complaint(what, limit, silent=seconds is not None)
     _current.complaint = complaint
-    pauses = _pauses(complaint) if hurries else exponential_sleep_generator(FIRST_WAIT, LONGEST_WAIT)
+    pauses = _pauses(complaint, limit) if hurries else exponential_sleep_generator(FIRST_WAIT, LONGEST_WAIT)
     try:
         result: Result = retry_target(action, may_pass, pauses, limit, on_error=complaint.note)
         complaint.take_back()
@@ -164,15 +164,16 @@ def patiently(action: Callable[[], Result], what: str, seconds: float | None = N
         complaint.end()
 
 
-def _pauses(complaint: "_Complaint") -> Iterator[float]:
+def _pauses(complaint: "_Complaint", limit: float) -> Iterator[float]:
     """The usual pauses, waited here, where a stop cuts them short; what is yielded is still to be waited.
 
     Raises:
-        exceptions.RetryError: a stop was asked for some seconds ago.
+        exceptions.RetryError: the time is over, or a stop was asked for some seconds ago.
     """
+    ends = time.monotonic() + limit
     for pause in exponential_sleep_generator(FIRST_WAIT, LONGEST_WAIT):
-        if Hurry.over():
-            raise exceptions.RetryError("a stop was asked for", complaint.latest)  # type: ignore[no-untyped-call]
+        if Hurry.over() or time.monotonic() + pause > ends:
+            raise exceptions.RetryError("the time is over", complaint.latest)  # type: ignore[no-untyped-call]
         yield HURRIED_WAIT if Hurry.asked.wait(pause) else 0.0
 
 
@@ -239,7 +240,7 @@ def said(error: BaseException) -> str:
 
 def reason(error: BaseException) -> str:
     """Why a request failed, in a few words."""
-    if isinstance(error, google.auth.exceptions.DefaultCredentialsError):
+    if "default credentials were not found" in said(error):
         return "no credentials found; run `gcloud auth application-default login`, or give the job a service account"
     if isinstance(error, google.auth.exceptions.GoogleAuthError):
         return f"the credentials do not work: {said(error)[:200]}"
@@ -263,10 +264,12 @@ def refusal(error: exceptions.GoogleAPICallError, what: str) -> str:
         return f"{what}: the service answers {error.code}: {text}"
     whom = "" if "@" in text else f"refused to {_account()}: "
     permission = re.search(r"storage\.\w+\.\w+", text)
-    role = (
-        f"grant it {permission[0]}, which roles/storage.objectAdmin has" if permission else "grant it roles/storage.objectAdmin"
-    )
-    return f"{what}: {whom}{text.rstrip('.')}; {role}"
+    return f"{what}: {whom}{text.rstrip('.')}{_grant(permission[0]) if permission else ''}"
+
+
+def _grant(permission: str) -> str:
+    role = "objectViewer" if permission in ("storage.objects.get", "storage.objects.list") else "objectAdmin"
+    return f"; grant it {permission}, which roles/storage.{role} has"
 
 
 def _account() -> str:
