@@ -35,10 +35,10 @@ class Workers:
         for index in range(count) if only is None else only:
             self.start(index, *arguments)
 
-    def start(self, index: int, *arguments: str) -> subprocess.Popen[str]:
+    def start(self, index: int, *arguments: str, **environment: str) -> subprocess.Popen[str]:
         self.logs.mkdir(parents=True, exist_ok=True)
         with (self.logs / f"{index}.log").open("w") as log:
-            process = start_trainer(*arguments, output=log, TF_CONFIG=tf_config(self.ports, index))
+            process = start_trainer(*arguments, output=log, TF_CONFIG=tf_config(self.ports, index), **environment)
         self.processes[index] = process
         return process
 

@@ -42,7 +42,8 @@ def write_thumbnails(data_dir: Place, path: Place) -> None:
     split = max((data.split(name) for name in data.manifest.splits), key=lambda split: split.examples)
     count = min(THUMBNAILS, split.examples)
     numbers = [split.examples * place // count for place in range(count)]
-    batch = next(iter(data.batches_of(split, numbers, count)))
+    with data.naming_damage(split, lambda: numbers):
+        batch = next(iter(data.batches_of(split, numbers, count)))
     pictures = list(zip(split.keys(numbers), _pairs(batch), strict=True))
     save_sheet(path, f"{data.manifest.name}: {count} of {split.examples} pairs of {split.name}", pictures)
 

@@ -15,7 +15,7 @@ from absl import flags
 from trainer.arguments import need
 from trainer.cluster import Cluster, VertexFolders, check_environment, read_cluster, read_container
 from trainer.config import SAMPLE_CONFIG, Config, load_config
-from trainer.errors import StoppedError, UserError
+from trainer.errors import StoppedError, TrainerError, UserError
 from trainer.runtime.logs import Where, configure_logs
 from trainer.startup import load_tensorflow
 
@@ -75,6 +75,9 @@ def resolve(values: flags.FlagValues) -> "tuple[Config, Place]":
     return config, _model_dir(values.model_dir, Path(path).stem if path else "run")
 
 
+_SIGNS_OF_VERTEX = ("CLUSTER_SPEC", "CLOUD_ML_JOB_ID")
+
+
 def _model_dir(named: str | None, run: str) -> "Place":
     """--model_dir; without it the folder that Vertex AI's folders lie in; without that, runs/NAME here.
 
@@ -84,7 +87,7 @@ def _model_dir(named: str | None, run: str) -> "Place":
     cluster = read_cluster(os.environ)
     if not named and cluster.folders.model:
         return _place(cluster.folders.model, "AIP_MODEL_DIR").parent
-    if not named and cluster.source == "CLUSTER_SPEC":
+    if not named and any(os.environ.get(name) for name in _SIGNS_OF_VERTEX):
         raise UserError(
             "--model_dir: allowed on Vertex AI: a folder, or a job with baseOutputDirectory; else the run is lost with it"
         )
@@ -105,14 +108,16 @@ def train(values: flags.FlagValues) -> str:
     if cluster.role == "evaluator":
         return "this process is an evaluator, and there is nothing for it to do: the workers measure between their steps"
     configure_logs(values.log_format)
-    _preflight(config, model_dir, cluster.folders)
+    failure = _preflight(config, model_dir, cluster)
     _begin(values)
     from trainer.train.begin import Order
 
     container = read_container(os.environ)
     container = replace(container, job="/".join(part for part in (container.job, cluster.trial) if part))
-    order = Order(config, model_dir, values.strategy, cluster, container, adaptable=_is_untouched_sample(values))
+    order = Order(config, model_dir, values.strategy, cluster, container, adaptable=_is_untouched_sample(values), failure=failure)
     if values.dry_run:
+        if failure:
+            raise failure
         from trainer.train.plan import dry_run
 
         return dry_run(order)
@@ -131,24 +136,39 @@ def _with_folders_of_the_run(cluster: Cluster, named: str | None) -> Cluster:
     return replace(cluster, folders=VertexFolders(model=cluster.folders.model)) if named else cluster
 
 
-def _preflight(config: Config, model_dir: "Place", folders: VertexFolders) -> None:
-    """Look at the buckets, if there are any; what it needs is loaded only then."""
+def _preflight(config: Config, model_dir: "Place", cluster: Cluster) -> TrainerError | None:
+    """Look at the places that a run needs; what that needs is loaded only where there are buckets, or folders of Vertex AI.
+
+    Returns:
+        what is wrong, for a worker among others, which has to tell them.
+
+    Raises:
+        TrainerError: what is wrong, in a process alone.
+    """
     data = _place(config.data.dir, "--data_dir") if config.data.dir else None
+    vertex = _folders_of_vertex(cluster.folders)
+    if not vertex and all(isinstance(where, Path) for where in (data, model_dir) if where):
+        return None
+    from trainer.preflight import check_model_folder, preflight
+
+    try:
+        if served := vertex.get("AIP_MODEL_DIR"):
+            check_model_folder(served, [model_dir, *(folder for folder in vertex.values() if folder != served)])
+        preflight(data, [model_dir, *vertex.values()])
+    except TrainerError as failure:
+        if cluster.size == 1:
+            raise
+        return failure
+    return None
+
+
+def _folders_of_vertex(folders: VertexFolders) -> "dict[str, Place]":
     named = {
+        "AIP_MODEL_DIR": folders.model,
         "AIP_CHECKPOINT_DIR": folders.checkpoints,
         "AIP_TENSORBOARD_LOG_DIR": folders.summaries,
-        "AIP_MODEL_DIR": folders.model,
     }
-    vertex = {name: _place(folder, name) for name, folder in named.items() if folder}
-    written = [model_dir, *vertex.values()]
-    if served := vertex.pop("AIP_MODEL_DIR", None):
-        from trainer.preflight import check_model_folder
-
-        check_model_folder(served, [model_dir, *vertex.values()])
-    if any(not isinstance(where, Path) for where in (data, *written) if where):
-        from trainer.preflight import preflight
-
-        preflight(data, written)
+    return {name: _place(folder, name) for name, folder in named.items() if folder}
 
 
 def _try_out(place: "Place") -> "Place":

@@ -125,6 +125,8 @@ def _lines(path: Place) -> list[str]:
 
 def _unsafe(name: PurePath) -> str | None:
     """Why an output must not have this name."""
+    if not name.name:
+        return "names no picture"
     if name.is_absolute() or ".." in name.parts:
         return "its output would be unsafe, outside of --output; name it relative, without `..`"
     if any(unicodedata.category(character) in ("Cc", "Cs") for character in str(name)):

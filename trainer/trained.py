@@ -17,6 +17,7 @@ from trainer.runtime.folders import open_folder
 from trainer.runtime.ledger import Marker
 from trainer.runtime.run_folder import RunFolder
 from trainer.storage.places import Place
+from trainer.storage.service import Patience
 
 Inference = Literal["paper", "frozen"]
 
@@ -80,6 +81,7 @@ def open_run(
     config = folder.saved_config()
     if config is None:
         raise UserError(f"--model_dir={model_dir}: its config.yaml is gone")
+    Patience.seconds = config.runtime.bucket_patience_seconds
     if inference:
         config = config.model_copy(update={"model": config.model.model_copy(update={"inference": inference})})
     marker = checkpoints_in(folder.checkpoints, config.train.keep).choose(checkpoint)

@@ -16,6 +16,7 @@ from tests.train.test_loop import scalars
 from trainer.runtime.checkpoints import Checkpoints
 from trainer.runtime.ledger import Marker, marker_of
 from trainer.storage.bucket import BucketPath, parse
+from trainer.storage.service import client
 
 STEPS = 120
 SETTINGS = (
@@ -36,6 +37,11 @@ def copy_down(url: str, to: Path) -> Path:
         file.parent.mkdir(parents=True, exist_ok=True)
         (there / name).download(file)
     return to
+
+
+def keys(url: str) -> list[str]:
+    """Every object of a bucket, what a listing leaves out too."""
+    return sorted(blob.name for blob in client().list_blobs(parse(url).bucket))
 
 
 def copy_up(folder: Path, url: str) -> None:

@@ -9,10 +9,11 @@ from dataclasses import replace
 import pytest
 import tensorflow as tf
 
-from tests.bucket.answers import forbidden
+from tests.bucket.answers import UNAVAILABLE, forbidden
 from tests.bucket.faults import Fault, refuse
+from tests.bucket.runs import keys
 from tests.bucket.service import BucketService
-from trainer.errors import BucketRefusedError, ExitCode, TrainerError, UserError
+from trainer.errors import BucketAwayError, BucketRefusedError, ExitCode, TrainerError, UserError
 from trainer.runtime import lease as module
 from trainer.runtime.bucket_checkpoints import BucketCheckpoints
 from trainer.runtime.bucket_folder import BucketFolder
@@ -53,7 +54,7 @@ def test_a_lease_is_renewed_and_given_back(folder: BucketPath) -> None:
     assert now.generation > first.generation
     assert json.loads((folder / ".lease").read_text())["owner"]["job"] == "job-1"
     lease.release()
-    assert folder.listing() == {}
+    assert keys(str(folder)) == []
 
 
 @pytest.mark.clock
@@ -97,7 +98,7 @@ def test_a_renewal_whose_answer_was_lost_is_still_ours(folder: BucketPath, bucke
     lease.confirm()
     lease.check()
     lease.release()
-    assert folder.listing() == {}
+    assert keys(str(folder)) == []
 
 
 def test_a_renewal_after_a_takeover_is_refused(folder: BucketPath, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +166,7 @@ def test_a_bucket_that_is_away_does_not_end_the_lease(folder: BucketPath, bucket
     time.sleep(0.8)
     lease.check()
     lease.release()
-    assert folder.listing() == {}
+    assert keys(str(folder)) == []
 
 
 def test_a_writer_that_slept_cannot_move_the_list_of_its_successor(folder: BucketPath, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,6 +270,23 @@ def test_a_list_that_is_written_while_it_is_taken_over_is_taken_over_with_that(
     assert [marker.step for marker in successor.markers()] == [10, 20]
     with pytest.raises(LostClaimError):
         earlier.save(state, 30)
+
+
+def test_a_list_whose_answer_never_came_is_known_again_as_ours(
+    folder: BucketPath, bucket_service: BucketService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was written, then the bucket was away for longer than the patience; the next save must not call that a takeover."""
+    lease = Lease(folder / ".lease", this_process()).take()
+    checkpoints = BucketCheckpoints(folder / "checkpoints", 2, lease)
+    state = saved(checkpoints, 10)
+    lost, away = Fault("lost_reply", "POST", r"checkpoints\.json"), refuse(UNAVAILABLE, "", r"checkpoints\.json")
+    monkeypatch.setattr(Patience, "seconds", 1.0)
+    bucket_service.faults(lost, away)
+    with pytest.raises(BucketAwayError):
+        checkpoints.save(state, 20)
+    bucket_service.faults()
+    checkpoints.save(state, 30)
+    assert [marker.step for marker in BucketCheckpoints(folder / "checkpoints", 2).markers()] == [10, 30]
 
 
 def test_a_list_that_is_damaged_is_no_fresh_start(folder: BucketPath) -> None:

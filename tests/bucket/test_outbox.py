@@ -71,6 +71,18 @@ def test_a_later_file_for_the_same_address_takes_the_place_of_the_earlier_one(
     assert (tmp_path / "new").is_file(), "its owner keeps it"
 
 
+def test_what_is_refused_holds_up_nothing_else(folder: BucketPath, bucket_service: BucketService) -> None:
+    """An object on hold, say."""
+    box = Outbox()
+    bucket_service.faults(refuse(forbidden("storage.objects.delete"), "POST", "name=run/a"))
+    for name in ("a", "b"):
+        with box.adding(folder / name) as file:
+            file.write_text(name)
+    assert not box.send()
+    assert list(folder.listing()) == ["b"]
+    assert waiting(box) == ["a"]
+
+
 def test_a_file_that_its_owner_has_lost_is_said_and_ends_nothing(
     folder: BucketPath, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

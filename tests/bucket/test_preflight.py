@@ -8,8 +8,9 @@ import pytest
 
 from tests.bucket.answers import UNAVAILABLE, forbidden, retained
 from tests.bucket.faults import refuse
-from tests.bucket.runs import copy_up, run
+from tests.bucket.runs import copy_up, keys, run
 from tests.bucket.service import BucketService
+from tests.pictures import write_pairs
 from tests.test_cluster import vertex
 from trainer.storage.bucket import parse
 
@@ -38,7 +39,7 @@ def test_a_data_set_that_is_not_there_is_named(bucket: str) -> None:
     done = run(f"--data_dir={bucket}/none", f"--model_dir={bucket}/run")
     assert done.returncode == 2
     assert told(done) == [f"trainer: {bucket}/none: no such data folder; --data_dir names a prepared data set"]
-    assert parse(bucket).listing() == {}
+    assert keys(bucket) == []
 
 
 @pytest.mark.parametrize(("method", "permission"), [("GET", "list"), ("POST", "create"), ("DELETE", "delete")])
@@ -64,11 +65,11 @@ def test_a_bucket_with_a_retention_policy_is_refused(bucket: str, bucket_service
 
 
 def test_nothing_is_left_where_it_looked(bucket: str, data: str) -> None:
-    before = parse(bucket).listing()
+    before = keys(bucket)
     done = run(f"--data_dir={data}", f"--model_dir={bucket}/run", "--set=train.batch_size=1000")
     assert done.returncode == 2
     assert "train.batch_size: got 1000" in told(done)[-1]
-    assert parse(bucket).listing() == before
+    assert keys(bucket) == before
 
 
 def test_a_damaged_first_record_is_found_before_training(bucket: str, data: str) -> None:
@@ -132,10 +133,19 @@ def test_files_of_somebody_in_the_folder_of_vertex_s_model_are_not_replaced(buck
     (model / "variables" / "variables.index").write_bytes(b"too")
     given = (f"--data_dir={data}", f"--model_dir={bucket}/run", "--dry_run")
     assert run(*given, AIP_MODEL_DIR=str(model)).returncode == 0
+    (model / ".preflight-0123").write_bytes(b"of another worker, at this moment, or of a killed one")
+    assert run(*given, AIP_MODEL_DIR=str(model)).returncode == 0
     (model / "notes.txt").write_bytes(b"mine")
     done = run(*given, AIP_MODEL_DIR=str(model))
     assert done.returncode == 2
     assert told(done)[-1].startswith(f"trainer: AIP_MODEL_DIR={model}: holds notes.txt, which the exported model would replace")
+
+
+def test_what_a_killed_try_left_is_no_reason_to_refuse_the_next(bucket: str, tmp_path: Path) -> None:
+    write_pairs(tmp_path / "some", 5, "jpeg")
+    (parse(f"{bucket}/data") / ".preflight-0123").write_bytes(b"")
+    done = run("prepare", f"--source={tmp_path}/some", f"--output={bucket}/data")
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("inside", ["", "/run"])

@@ -14,6 +14,7 @@ from tests.bucket.runs import arguments, assert_same, copy_up, finish, listed, n
 from tests.bucket.service import BucketService
 from tests.conftest import run_trainer, start_trainer
 from tests.test_cluster import vertex
+from tests.train.test_loop import scalars
 from trainer.runtime.checkpoints import Checkpoints
 from trainer.storage.bucket import parse
 
@@ -224,6 +225,8 @@ def test_a_signal_while_the_data_are_away_is_answered_in_seconds_and_loses_nothi
     bucket_service.faults()
     last = run(*[flag.replace("train.steps=100000", f"train.steps={marker.step + 1}") for flag in flags])
     assert last.returncode == 0, last.stderr
+    losses = [step for step, tag, _ in scalars(folder) if tag == "loss/l1"]
+    assert losses == list(range(1, marker.step + 2)), "none is missing and none is there twice"
 
 
 def test_a_permission_that_is_withdrawn_in_the_middle_is_one_line_and_permanent(

@@ -48,3 +48,15 @@ def test_a_killed_worker_ends_the_chief_with_75_and_both_go_on(bucket: str, data
     assert again.codes() == {0: 0, 1: 0}, again.log(0) + again.log(1)
     assert f"going on from the checkpoint of step {saved.step}" in again.log(1)
     copy_down(f"{bucket}/run", tmp_path / "copy")
+
+
+@pytest.mark.slow
+def test_what_one_worker_finds_before_all_else_ends_all_of_them_at_once(bucket: str, data: str, tmp_path: Path) -> None:
+    """Worker 1 reaches no bucket; the chief does not wait for it for a quarter of an hour."""
+    settings = arguments(f"{bucket}/run", data, "runtime.bucket_patience_seconds=3")
+    workers = Workers(tmp_path / "logs", *settings, only=(0,))
+    workers.start(1, *settings, STORAGE_EMULATOR_HOST="http://127.0.0.1:9")
+    assert workers.codes(60) == {0: 75, 1: 75}
+    assert "the connection fails (tried for 3 s" in workers.last_line(1)
+    assert "the connection fails (tried for 3 s" in workers.last_line(0)
+    assert parse(f"{bucket}/run").listing() == {}

@@ -5,6 +5,7 @@ record: the first time a copy is kept in a folder of this machine, if there is o
 """
 
 import hashlib
+import logging
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,8 @@ from trainer.data.images import ImageInfo
 from trainer.data.sources import PairFile
 from trainer.storage.places import Place
 from trainer.storage.transfer import ahead
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +70,12 @@ def _kept(path: Place, keep: Path) -> bytes:
         return copy.read_bytes()
     content = path.read_bytes()
     temporary = copy.with_name(f"{copy.name}.{os.getpid()}-{threading.get_ident()}")  # a list may name a picture twice
-    temporary.write_bytes(content)
-    temporary.replace(copy)
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(copy)
+    except OSError as error:  # a full disk is no fault of the picture, which is downloaded once more instead
+        log.info("%s: no copy is kept: %s", path, error)
+        temporary.unlink(missing_ok=True)
     return content
 
 

@@ -103,7 +103,8 @@ def room_for_copies(listing: Listing) -> Iterator[Path | None]:
     if not 0 < total <= min(KEEP_BYTES, shutil.disk_usage(tempfile.gettempdir()).free // 2):
         yield None
         return
-    with tempfile.TemporaryDirectory(prefix="trainer-pictures-") as folder:
+    # Downloads that nobody waits for any more may still be writing there; that is no reason to end otherwise.
+    with tempfile.TemporaryDirectory(prefix="trainer-pictures-", ignore_cleanup_errors=True) as folder:
         yield Path(folder)
 
 

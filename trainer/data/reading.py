@@ -8,6 +8,7 @@ small room costs time and never stops the reader.
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -21,6 +22,7 @@ from trainer.errors import TrainerError
 
 RUN_BYTES = 8 << 20  # a longer run is read no faster at 50 ms a request
 IDLE_SECONDS = 5.0
+REST_SECONDS = 5.0
 _UNTOUCHED, _ON_ITS_WAY, _HERE = 0, 1, 2
 log = logging.getLogger(__name__)
 Numbers = NDArray[np.int64]
@@ -140,6 +142,7 @@ class ReadAhead:
         self._bytes = self._threads = self._idle = 0
         self._wanted: deque[Job] = deque()
         self._ahead_in = self._reached = first
+        self._again_at = 0.0
 
     # -- the side of the reader
 
@@ -281,6 +284,8 @@ class ReadAhead:
 
     def _ahead(self) -> Job | None:
         """What is needed next and nobody waits for yet; up to one list beyond the one in use."""
+        if time.monotonic() < self._again_at:
+            return None
         needs = self._open.get(self._ahead_in)
         while needs and (run := needs.next_run()) is not None:
             if self._is_kept(needs.runs, run):
@@ -304,12 +309,19 @@ class ReadAhead:
         try:
             answers, failure = self._kept_of(run, self._shards.read_run(run)), None
         except TrainerError as error:
-            failure = error
+            failure = error.with_traceback(None)  # it may be kept long
         finally:
             with self._arrival:
+                self._rest(failure)
                 self._deliver(at, needs, run, answers)
                 needs.runs.end(index, failure)
                 self._arrival.notify_all()
+
+    def _rest(self, failure: TrainerError | None) -> None:
+        """After a failure nothing is read ahead for a while; what is waited for is. The lock is held."""
+        if failure and not self._again_at:
+            log.warning("%s; it is tried again", failure)
+        self._again_at = time.monotonic() + REST_SECONDS if failure else 0.0
 
     def _kept_of(self, run: Run, answers: list[bytes | TrainerError]) -> list[bytes | TrainerError]:
         """Give the store what it should keep."""

@@ -44,7 +44,7 @@ class Split:
         self.manifest = manifest
         self._means = means or Means()
         self._shards = Shards(folder, manifest.splits.get(name, []))
-        self._vetted: set[int] = set()
+        self._vetted = bytearray(self.examples)
         self.damage: TrainerError | None = None
         self._store = self._make_store()
 
@@ -87,12 +87,12 @@ class Split:
         Raises:
             DataError: it is not what the manifest says.
         """
-        if number not in self._vetted:
+        if not self._vetted[number]:
             try:
                 vet(record, self.manifest)
             except ValueError as error:
                 raise DataError(f"{self.describe(number)}: {error}; copy the shard again, or prepare the data again") from error
-            self._vetted.add(number)
+            self._vetted[number] = 1
         return record
 
     # -- many records in a known order

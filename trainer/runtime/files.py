@@ -11,13 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from trainer.storage.bucket import BucketPath
+from trainer.storage.bucket import PROBES, BucketPath
 from trainer.storage.places import Place
 from trainer.storage.transfer import replace_folder
 
 log = logging.getLogger(__name__)
 PROBE_MEBIBYTES = 64
-PROBE = ".preflight-"
 _GENERATED = "__autograph_generated_file"
 _SCRATCH: list[Path] = []
 TEMPORARY = ".writing-"  # and not the file's own name: TensorBoard reads whatever has `tfevents` in it
@@ -94,7 +93,7 @@ def _remove_generated() -> None:
 def try_out(folder: BucketPath) -> None:
     """List a folder, and write and remove an object in it, to see whether that is allowed."""
     folder.is_dir()
-    file = folder / f"{PROBE}{secrets.token_hex(6)}"
+    file = folder / f"{PROBES[0]}{secrets.token_hex(6)}"
     file.write_bytes(b"written by trainer to see whether it may; it can be removed")
     file.unlink(missing_ok=True)
 

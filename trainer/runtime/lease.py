@@ -19,7 +19,7 @@ from pathlib import Path
 from google.api_core.exceptions import PreconditionFailed
 
 from trainer.errors import BucketAwayError, BucketRefusedError, TrainerError, UserError
-from trainer.storage.bucket import BucketPath, State
+from trainer.storage.bucket import PROBES, BucketPath, State
 
 log = logging.getLogger(__name__)
 EXPIRES_SECONDS = 60.0
@@ -56,7 +56,7 @@ def _started(pid: int) -> str:
     """When a process of this machine began, in ticks since the machine did (proc(5), field 22); empty if there is none alive."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # the second: it ended between opening and reading
         return ""
     return "" if fields[0] == "Z" else fields[19]
 
@@ -197,7 +197,7 @@ class Lease:
 
     def _service_time(self) -> datetime:
         """What the service's clock says: an object that is written now bears it."""
-        clock = self._place.with_name(f".clock-{self.token}")
+        clock = self._place.with_name(f"{PROBES[1]}{self.token}")
         now = clock.write_bytes(b"").updated
         clock.unlink(missing_ok=True)
         return now

@@ -142,7 +142,7 @@ class ObjectLedger:
             advice = "restore an older generation of it, or use another --model_dir"
             raise UserError(f"{self._place}: is no list of checkpoints ({error}); {advice}") from error
 
-    def _write(self, document: dict[str, Any]) -> None:
+    def _write(self, document: dict[str, Any], *, again: bool = True) -> None:
         """Raises: LostClaimError: somebody else has written it since."""
         if self._lease is None:
             raise RuntimeError(f"{self._place}: written without a lease")
@@ -151,8 +151,17 @@ class ObjectLedger:
         try:
             self._generation = self._place.write_bytes(text.encode(), self._generation).generation
         except PreconditionFailed as error:
-            raise self._lease.lose(self._place) from error
+            content, self._generation = self._place.read_versioned()
+            if not (again and self._is_ours(content)):
+                raise self._lease.lose(self._place) from error
+            self._write(document, again=False)  # it was an earlier write of ours, whose answer never came
         self._document = document
+
+    def _is_ours(self, content: bytes) -> bool:
+        try:
+            return self._lease is not None and json.loads(content).get("owner") == self._lease.token
+        except (ValueError, AttributeError):
+            return False
 
     def markers(self) -> list[Marker]:
         """All of them, oldest first."""

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from trainer.errors import TrainerError
+from trainer.errors import BucketAwayError, TrainerError
 from trainer.runtime import files
 from trainer.storage.bucket import BucketPath
 from trainer.storage.places import Place
@@ -40,7 +40,7 @@ class Outbox:
         self._waiting[to] = file
 
     def send(self, seconds: float = PATIENCE_SECONDS) -> bool:
-        """Try to send all that waits; the first failure ends it for this time, so that training is not held up.
+        """Try to send all that waits; a bucket that is away ends it for this time, so that training is not held up.
 
         Returns whether nothing is left.
         """
@@ -50,11 +50,13 @@ class Outbox:
             except (TrainerError, OSError) as error:
                 self.failures += 1
                 log.warning("%s; training goes on; waiting to be sent: %d files, tried again later", error, len(self._waiting))
-                return False
+                if isinstance(error, BucketAwayError):
+                    return False
+                continue
             del self._waiting[to]
             if self._folder and file.is_relative_to(self._folder):
                 file.unlink()
-        return True
+        return not self._waiting
 
     def close(self, seconds: float = LAST_SEND_SECONDS) -> None:
         """Try once more; keep what cannot be sent, and say where."""

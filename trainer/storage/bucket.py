@@ -17,6 +17,10 @@ from trainer.storage.service import TIMEOUT, Patience, client, going_on_for, pat
 
 SCHEME = "gs://"
 MARK = "trainer-write"
+PROBES = (
+    ".preflight-",
+    ".clock-",
+)  # what objects that live for a moment are called; one that a killed process left counts for nothing
 UPLOAD_CHUNK = 32 << 20  # bytes of one request of a large upload; a cut one is sent again from where it was cut
 _BLOCK = 1 << 22
 
@@ -107,9 +111,9 @@ class BucketPath:
         return self.is_file() or self.is_dir()
 
     def listing(self, seconds: float | None = None) -> dict[str, State]:
-        """All objects below, by their path relative to this one: one request for a thousand."""
+        """All objects below but for probes, by their path relative to this one: one request for a thousand."""
         prefix = len(self._prefix)
-        return {blob.name[prefix:]: _state(blob) for blob in self._list(seconds=seconds) if not blob.name.endswith("/")}
+        return {blob.name[prefix:]: _state(blob) for blob in self._list(seconds=seconds) if _counts(blob.name)}
 
     def iterdir(self) -> Iterator["BucketPath"]:
         """What lies directly below, objects and folders."""
@@ -296,6 +300,10 @@ class BucketPath:
             return patiently(ask, str(self), seconds)
         except FileNotFoundError:
             return []
+
+
+def _counts(key: str) -> bool:
+    return not key.endswith("/") and not key.rpartition("/")[2].startswith(PROBES)
 
 
 def _state(blob: Blob) -> State:

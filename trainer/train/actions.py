@@ -68,6 +68,7 @@ class Run:
         self.checkpoints: Checkpoints = folder.store(config.train.keep)
         self.summaries = open_summaries(folder.summaries, folder.confirm_claim, writes=writes)
         self.evaluator = Evaluator(state.drawer, data, config, strategy, workers)
+        self.done_step: int | None = None
         self.saved_step: int | None = None
         self.saved_pending = False
         self._best_step: int | None = None
@@ -93,8 +94,18 @@ class Run:
 
         Raises:
             InterruptedEvaluation: a stop was asked for; nothing has been done for this step.
+            TrainerError: one of them failed; the means of the losses are as before, so that all can be done again.
         """
         self.folder.check_claim()
+        with self.state.keeping_sums():
+            self._do(step)
+        self.done_step = step
+
+    def pending(self, step: int) -> bool:
+        """Whether something that is due after a step has not been done."""
+        return self.done_step != step and bool(due(self.actions(), step))
+
+    def _do(self, step: int) -> None:
         for action in due(self.actions(), step):
             action.call(step)
         wanted = step in (self._best_step, self.config.train.steps) or self.saved_step == step

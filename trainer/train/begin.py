@@ -47,6 +47,7 @@ class Order:
         cluster: where this process stands.
         container: what is known of the container around this process.
         adaptable: the batch size is nobody's wish, so it may be raised to a multiple of the replicas.
+        failure: what this worker has found wrong already, and the others have to be told.
     """
 
     config: Config
@@ -55,6 +56,7 @@ class Order:
     cluster: Cluster = field(default_factory=Cluster)
     container: Container = field(default_factory=Container)
     adaptable: bool = False
+    failure: TrainerError | None = None
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ class Preparation:
 
     def meet(self, have: Devices) -> Message:
         """Come to the rendezvous, with what was found here."""
-        failure = self._failure_of(self._look_at_own)
+        failure = self._order.failure or self._failure_of(self._look_at_own)
         digest = self.data.manifest.digest() if self.data else "the packaged sample"
         seconds, mark = self.config.runtime.rendezvous_seconds, self.mark() if self.data else ""
         meeting = Rendezvous(self._order.cluster, self._trains(have, digest), seconds, mark)

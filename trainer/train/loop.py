@@ -79,6 +79,7 @@ def restore(run: Run, newest: Marker | None) -> None:
         run.saved_step, run.saved_pending = newest.step, newest.pending
         done = newest.step - 1 if newest.pending else newest.step
         Where.step = newest.step
+        run.done_step = done
         log.info("going on from the checkpoint of step %d in %s", newest.step, run.checkpoints.folder)
     run.folder.cut_after(done)
     run.summaries.cut_after(done)
@@ -124,7 +125,7 @@ def save_what_was_done(run: Run) -> None:
         return
     try:
         with patience(LAST_SAVE_SECONDS):
-            run.checkpoint(step, pending=any(action.every.due(step) for action in run.actions()))
+            run.checkpoint(step, pending=run.pending(step))
     except TrainerError as error:
         log.warning("%s; the newest checkpoint is that of step %s", error, run.saved_step)
 
@@ -165,7 +166,7 @@ def finish_step(run: Run, step: int) -> None:
         StoppedError: a stop was asked for.
     """
     if run.stopping():
-        save_and_stop(run, step, pending=any(action.every.due(step) for action in run.actions()))
+        save_and_stop(run, step, pending=run.pending(step))
     try:
         run.act(step)
     except InterruptedEvaluation:
@@ -180,6 +181,7 @@ def save_and_stop(run: Run, step: int, *, pending: bool) -> None:
     Raises:
         StoppedError: always; it says what was saved.
     """
+    run.watchdog.leave_time()
     if step and run.saved_step != step:
         run.checkpoint(step, pending=pending)
     run.workers.leave()

@@ -1,12 +1,14 @@
 """Everything that a checkpoint holds: both networks, both optimisers, the step, the running sums of the losses."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import keras
 import tensorflow as tf
 
 from trainer.config import Config
 from trainer.data.pipeline import Specs
+from trainer.errors import TrainerError
 from trainer.model.discriminators import patchgan
 from trainer.model.generators import unet
 from trainer.train.optimizer import Adam, Average
@@ -100,6 +102,17 @@ class TrainState:
     def latest_losses(self) -> dict[str, float]:
         """Each loss of the newest step, finite or not."""
         return dict(zip(LOSSES, self.latest.numpy().tolist(), strict=True))
+
+    @contextmanager
+    def keeping_sums(self) -> Iterator[None]:
+        """Put the sums of the losses back if what is done with them fails."""
+        sums, count = self._sums.numpy(), int(self._count.numpy())
+        try:
+            yield
+        except TrainerError:
+            self._sums.assign(sums)
+            self._count.assign(count)
+            raise
 
     def reset_losses(self) -> None:
         """Begin new means."""
