@@ -44,19 +44,25 @@ class Outbox:
 
         Returns whether nothing is left.
         """
+        failure: Exception | None = None
         for to, file in list(self._waiting.items()):
             try:
                 to.upload(file, seconds=seconds)
             except (TrainerError, OSError) as error:
                 self.failures += 1
-                log.warning("%s; training goes on; waiting to be sent: %d files, tried again later", error, len(self._waiting))
+                failure = failure or error
                 if isinstance(error, BucketAwayError):
-                    return False
-                continue
-            del self._waiting[to]
-            if self._folder and file.is_relative_to(self._folder):
-                file.unlink()
+                    break
+            else:
+                self._sent(to, file)
+        if failure:
+            log.warning("%s; training goes on; waiting to be sent: %d files, tried again later", failure, len(self._waiting))
         return not self._waiting
+
+    def _sent(self, to: BucketPath, file: Path) -> None:
+        del self._waiting[to]
+        if self._folder and file.is_relative_to(self._folder):
+            file.unlink()
 
     def close(self, seconds: float = LAST_SEND_SECONDS) -> None:
         """Try once more; keep what cannot be sent, and say where."""
