@@ -239,6 +239,18 @@ def check(values: flags.FlagValues) -> str:
     return run(where, sheet)
 
 
+def _hurrying(values: flags.FlagValues, command: Command) -> str:
+    """Do what is asked for; after a signal, do not wait long for a bucket that is away."""
+    from trainer.runtime.hearing import Ears
+
+    def hurry(_: signal.Signals) -> None:
+        if "trainer.storage.service" in sys.modules:
+            sys.modules["trainer.storage.service"].Hurry.ask()
+
+    with Ears(hurry):
+        return command(values)
+
+
 def _in_one_process(values: flags.FlagValues, command: Command) -> str:
     """Only training is shared among workers; of all that run another command, the chief does it."""
     cluster = read_cluster(os.environ)
@@ -307,5 +319,8 @@ def _tidily(values: flags.FlagValues, command: Command) -> str:
 
 COMMANDS: dict[str, Command] = {
     "train": partial(_tidily, command=train),
-    **{name: partial(_tidily, command=partial(_in_one_process, command=command)) for name, command in _ALONE.items()},
+    **{
+        name: partial(_tidily, command=partial(_hurrying, command=partial(_in_one_process, command=command)))
+        for name, command in _ALONE.items()
+    },
 }

@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import pytest
 from tests.bucket.answers import forbidden
 from tests.bucket.faults import Fault, Request, refuse
 from tests.bucket.service import BucketService
-from tests.conftest import SMALL, run_trainer, small_config
+from tests.conftest import SMALL, run_trainer, small_config, start_trainer
 from trainer.check import check
 from trainer.data import keep, order, records
 from trainer.data.pipeline import PairData, elements
@@ -392,6 +393,26 @@ def test_check_reads_all_of_a_bucket_once(sample_folder: Path, sample_there: Buc
     assert done.returncode == 0, done.stderr
     assert "every shard, record and picture is sound" in done.stdout
     assert_each_byte_once(ranges(bucket_service), sum(total_bytes(sample_folder, split) for split in ("train", "val", "test")))
+
+
+@pytest.mark.clock
+def test_a_signal_is_heard_while_records_of_a_bucket_are_waited_for(
+    sample_there: BucketPath, bucket_service: BucketService
+) -> None:
+    """The main thread and its readers wait, with minutes of patience left."""
+    bucket_service.faults(Fault("status", "GET", r"tfrecord.*alt=media", times=None, skip=1))
+    process = start_trainer("check", f"--data_dir={sample_there}")
+    deadline = time.monotonic() + 60
+    while len([one for one in bucket_service.requests() if one.fault]) < 5:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    _, err = process.communicate(timeout=60)
+    assert time.monotonic() - began < 10
+    assert process.returncode == 143, err
+    assert err.strip().splitlines()[-1].startswith("trainer: SIGTERM: stopped")
 
 
 def test_check_draws_thumbnails_of_a_bucket(sample_there: BucketPath, sample_folder: Path, tmp_path: Path) -> None:

@@ -1,14 +1,12 @@
 """Ctrl-C and SIGTERM, seen within milliseconds even while TensorFlow runs a block of steps.
 
-A Python signal handler runs only when the TensorFlow call returns. So a thread waits at the pipe into which the interpreter
-writes each signal's number at once, and sets a variable that the graph reads before every step.
+A Python signal handler runs only when the TensorFlow call returns. So a thread (`Ears`) sets a variable that the graph reads
+before every step.
 """
 
 import logging
 import os
 import signal
-import socket
-import threading
 import time
 from collections.abc import Callable
 from types import FrameType, TracebackType
@@ -16,10 +14,10 @@ from types import FrameType, TracebackType
 import tensorflow as tf
 
 from trainer.errors import ExitCode
+from trainer.runtime.hearing import SIGNALS, Ears
 
 log = logging.getLogger(__name__)
 REPEAT_SECONDS = 1.0  # the same wish, sent to the process and to its group
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def hold_signals() -> None:
@@ -41,22 +39,13 @@ class StopSignal:
             self.flag = tf.Variable(False, trainable=False)
         self.received: str | None = None
         self._since = 0.0
+        self._ears = Ears(lambda number: self._note(number.name))
 
     def __enter__(self) -> "StopSignal":
-        self._reader, self._writer = socket.socketpair()
-        self._writer.setblocking(False)
-        self._old_descriptor = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        self._ears.__enter__()
         self._old_handlers = {number: signal.signal(number, _leave_it_to_the_thread) for number in SIGNALS}
-        self._thread = threading.Thread(target=self._watch, name="stop-signal", daemon=True)
-        self._thread.start()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         return self
-
-    def _watch(self) -> None:
-        while numbers := self._reader.recv(16):
-            for number in numbers:
-                if number in SIGNALS:
-                    self._note(signal.Signals(number).name)
 
     def _note(self, name: str) -> None:
         if self.received:
@@ -74,9 +63,6 @@ class StopSignal:
             os._exit(ExitCode.STOPPED)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        signal.set_wakeup_fd(self._old_descriptor)
         for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
-        self._writer.close()
-        self._thread.join()
-        self._reader.close()
+        self._ears.__exit__(kind, error, trace)
