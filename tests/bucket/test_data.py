@@ -1,6 +1,7 @@
 """Prepared data read from a bucket: the same batches as from a folder, few requests, and one line for what is wrong."""
 
 import contextlib
+import gc
 import re
 import signal
 import threading
@@ -17,7 +18,7 @@ from tests.bucket.faults import Fault, Request, refuse
 from tests.bucket.service import BucketService
 from tests.conftest import SMALL, run_trainer, small_config, start_trainer
 from trainer.check import check
-from trainer.data import keep, order, records
+from trainer.data import keep, order, reading, records
 from trainer.data.pipeline import PairData, elements
 from trainer.data.split import Split
 from trainer.data.verify import verify
@@ -432,3 +433,21 @@ def test_a_run_that_loses_its_bucket_ends_with_75_and_one_line(
     assert done.returncode == 75, done.stderr
     assert "Traceback" not in done.stderr
     assert re.match(rf"trainer: {sample_there}/train-.*: the service answers 503", done.stderr.splitlines()[-1])
+
+
+def test_an_evaluation_leaves_nothing_of_its_reading_behind(sample_there: BucketPath, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorFlow keeps the functions of a pipeline for ever; a run makes one for every evaluation."""
+    monkeypatch.setattr(reading, "IDLE_SECONDS", 0.1)
+    data = PairData(sample_there, small_config("train.batch_size=4", "data.cache=none"))
+    split = data.split("test")
+    for _ in range(3):
+        assert sum(len(batch["index"]) for batch in elements(data.batches_of(split, range(split.examples), 4))) == split.examples
+
+    def left() -> int:
+        gc.collect()
+        return sum(isinstance(one, reading.ReadAhead) and one._shards is split._shards for one in gc.get_objects())
+
+    deadline = time.monotonic() + 20
+    while left():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)

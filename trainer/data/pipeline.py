@@ -1,5 +1,6 @@
 """Pairs -> global batches: a function of (seed, step) alone, read from the shards at the manifest's byte offsets."""
 
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -169,12 +170,17 @@ class PairData:
         return batches.with_options(_in_order())
 
     def batches_of(self, split: Split, numbers: Sequence[int], batch_size: int) -> tf.data.Dataset:
-        """Some pairs of a split, not augmented; the last batch may be smaller."""
+        """Some pairs of a split, not augmented; the last batch may be smaller. It can be iterated over once.
 
-        reader = split.noting(split.in_turn(numbers))
+        TensorFlow keeps the function that reads as long as the process lives, so it gives its reader up when it has read all.
+        """
+        readers, total, done = [split.noting(split.in_turn(numbers))], len(numbers), itertools.count(1)
 
         def read_one(number: NDArray[np.int64]) -> bytes:
-            return reader(0, [int(number)])[0]
+            record = readers[0](0, [int(number)])[0]
+            if next(done) == total:
+                readers.clear()
+            return record
 
         def read(number: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
             encoded = tf.ensure_shape(tf.numpy_function(read_one, [number], tf.string), [])
