@@ -159,6 +159,7 @@ def test_a_bucket_that_is_away_for_a_while_costs_nothing_but_time(
     assert_same(f"{bucket}/run", local, tmp_path)
 
 
+@pytest.mark.clock
 @pytest.mark.slow
 def test_a_bucket_that_stays_away_ends_the_run_with_75_and_leaves_the_last_checkpoint(
     bucket: str, data: str, local: Path, tmp_path: Path, bucket_service: BucketService

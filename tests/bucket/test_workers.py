@@ -59,4 +59,5 @@ def test_what_one_worker_finds_before_all_else_ends_all_of_them_at_once(bucket: 
     assert workers.codes(60) == {0: 75, 1: 75}
     assert "the connection fails (tried for 3 s" in workers.last_line(1)
     assert "the connection fails (tried for 3 s" in workers.last_line(0)
-    assert parse(f"{bucket}/run").listing() == {}
+    assert listed(f"{bucket}/run")["checkpoints"] == []
+    assert ".lease" not in parse(f"{bucket}/run").listing()

@@ -20,6 +20,7 @@ from google.api_core.exceptions import PreconditionFailed
 
 from trainer.errors import BucketAwayError, BucketRefusedError, TrainerError, UserError
 from trainer.storage.bucket import PROBES, BucketPath, State
+from trainer.storage.service import Patience
 
 log = logging.getLogger(__name__)
 EXPIRES_SECONDS = 60.0
@@ -59,6 +60,11 @@ def _started(pid: int) -> str:
     except (FileNotFoundError, ProcessLookupError):  # the second: it ended between opening and reading
         return ""
     return "" if fields[0] == "Z" else fields[19]
+
+
+def _answer_seconds() -> float:
+    """How long one request about the lease is tried: until the next would be due, or as long as the config has patience."""
+    return min(BEAT_SECONDS, Patience.seconds)
 
 
 def this_process(job: str = "") -> Owner:
@@ -114,14 +120,14 @@ class Lease:
         self.check()
         with self._lock:
             try:
-                self._generation = self._place.write_bytes(self._content(), self._generation, BEAT_SECONDS).generation
+                self._generation = self._place.write_bytes(self._content(), self._generation, _answer_seconds()).generation
             except PreconditionFailed as error:
                 if not self._is_ours_still():
                     raise self.lose(self._place) from error
 
     def _is_ours_still(self) -> bool:
         """Whether the lease bears our token: then a renewal of ours was written whose answer never came."""
-        content, generation = self._place.read_versioned(BEAT_SECONDS)
+        content, generation = self._place.read_versioned(_answer_seconds())
         if self.token not in content.decode(errors="replace"):
             return False
         self._generation = generation
@@ -136,7 +142,7 @@ class Lease:
             return
         try:
             if self._is_ours_still():
-                self._place.unlink_if(self._generation, BEAT_SECONDS)
+                self._place.unlink_if(self._generation, _answer_seconds())
         except (PreconditionFailed, FileNotFoundError):
             log.warning("%s: was taken over while this process ended", self._place)
         except (BucketAwayError, BucketRefusedError) as error:

@@ -9,6 +9,7 @@ from trainer.errors import BucketAwayError, TrainerError
 from trainer.runtime import files
 from trainer.storage.bucket import BucketPath
 from trainer.storage.places import Place
+from trainer.storage.service import Patience
 
 log = logging.getLogger(__name__)
 PATIENCE_SECONDS = 10.0
@@ -44,6 +45,7 @@ class Outbox:
 
         Returns whether nothing is left.
         """
+        seconds = min(seconds, Patience.seconds)
         failure: Exception | None = None
         for to, file in list(self._waiting.items()):
             try:

@@ -13,6 +13,7 @@ from trainer.runtime.preemption import StopSignal
 from trainer.runtime.progress import Progress
 from trainer.runtime.run_folder import RunFolder
 from trainer.runtime.workers import Watchdog, meet, naming_lost_peers
+from trainer.storage.bucket import BucketPath
 from trainer.storage.service import Hurry, patience
 from trainer.train.actions import Run
 from trainer.train.begin import Order, Start, begin
@@ -21,7 +22,7 @@ from trainer.train.evaluate import InterruptedEvaluation
 from trainer.train.state import TrainState
 
 log = logging.getLogger(__name__)
-LAST_SAVE_SECONDS = 10.0  # the bucket of the data may be that of the model
+LAST_SAVE_SECONDS = 10.0  # another bucket may be away too
 
 
 def train(order: Order) -> str:
@@ -116,12 +117,13 @@ def train_to_the_end(run: Run) -> None:
 
 
 def save_what_was_done(run: Run) -> None:
-    """The bucket is away, and the run's folder may be elsewhere: save the steps since the last checkpoint, if that can be done.
+    """The data's bucket is away: save the steps since the last checkpoint, if the run is kept elsewhere.
 
     A worker among others leaves it: the state could differ from what its peers have reached.
     """
-    step = int(run.state.step.numpy())
-    if run.workers.size > 1 or not step or run.saved_step == step:
+    step, data, kept = int(run.state.step.numpy()), run.data.folder, run.checkpoints.folder
+    elsewhere = isinstance(data, BucketPath) and not (isinstance(kept, BucketPath) and kept.bucket == data.bucket)
+    if run.workers.size > 1 or not elsewhere or not step or run.saved_step == step:
         return
     try:
         with patience(LAST_SAVE_SECONDS):
