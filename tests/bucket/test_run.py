@@ -203,7 +203,8 @@ def test_when_the_data_stay_away_what_was_done_is_saved_where_the_run_is(
 
 
 @pytest.mark.clock
-@pytest.mark.parametrize("waits_for", ["a batch", pytest.param("an evaluation", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("waits_for", ["a batch", "an evaluation"])
 def test_a_signal_while_the_data_are_away_is_answered_in_seconds_and_loses_nothing(
     waits_for: str, bucket: str, data: str, local: Path, tmp_path: Path, bucket_service: BucketService
 ) -> None:
