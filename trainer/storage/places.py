@@ -2,9 +2,6 @@
 
 import os
 import re
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from trainer.errors import UserError
@@ -32,26 +29,6 @@ def place(text: str, flag: str) -> Place:
 def is_bucket(text: str) -> bool:
     """Whether a text names an address in a bucket."""
     return text.startswith(SCHEME)
-
-
-@contextmanager
-def local_copy(source: Place) -> Iterator[Path]:
-    """A file of this machine with these bytes: the file itself, or a copy that goes away afterwards."""
-    if isinstance(source, Path):
-        yield source
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / source.name
-        source.download(copy)
-        yield copy
-
-
-def size_of(file: Place) -> int | None:
-    """A file's size in bytes; None if it is not there."""
-    if isinstance(file, BucketPath):
-        state = file.state()
-        return state.size if state else None
-    return file.stat().st_size if file.is_file() else None
 
 
 def sizes_in(folder: Place) -> dict[str, int]:

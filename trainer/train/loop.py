@@ -34,6 +34,7 @@ def train(order: Order) -> str:
         PeerLostError: another worker went away.
         StoppedError: a signal asked for a stop; what was done is saved.
     """
+    Hurry.forget()
     start = begin(order)
     if start.finished and start.newest:
         return "this run is finished; raise train.steps to go on\n" + closing_lines(start.folder, start.newest)
