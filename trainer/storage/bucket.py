@@ -17,10 +17,8 @@ from trainer.storage.service import TIMEOUT, Patience, client, going_on_for, pat
 
 SCHEME = "gs://"
 MARK = "trainer-write"
-PROBES = (
-    ".preflight-",
-    ".clock-",
-)  # what objects that live for a moment are called; one that a killed process left counts for nothing
+# What objects that live for a moment are called; one that a killed process left counts for nothing.
+PROBES = (".preflight-", ".clock-")
 UPLOAD_CHUNK = 32 << 20  # bytes of one request of a large upload; a cut one is sent again from where it was cut
 _BLOCK = 1 << 22
 
