@@ -48,7 +48,9 @@ class Predictor:
         self._specs, self._multiple = run.specs, run.multiple
         generator, chosen = run.generator(), run.config.seed if seed is None else seed
         signature = [tf.TensorSpec((1, None, None, self._specs.input.channels), tf.float32)]
-        self._draw = tf.function(lambda image: self._levels(translate(generator, image, chosen)), input_signature=signature)
+        self._draw = tf.function(
+            lambda image: self._levels(translate(generator, image, chosen)), input_signature=signature, autograph=False
+        )
 
     def _levels(self, drawn: tf.Tensor) -> tf.Tensor:
         return from_unit_range(drawn, self._specs.target.bit_depth)

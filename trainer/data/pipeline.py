@@ -156,6 +156,7 @@ class PairData:
             encoded = reader(int(step) // self.steps_per_epoch, numbers.tolist())
             return np.array(encoded, dtype=object), self._augmentation(int(step), numbers)
 
+        @tf.autograph.experimental.do_not_convert
         def read(step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
             encoded, how = tf.numpy_function(read_step, [step], [tf.string, tf.int32])
             index = tf.cast(tf.range(own.start, own.stop), tf.uint32)
@@ -182,6 +183,7 @@ class PairData:
                 readers.clear()
             return record
 
+        @tf.autograph.experimental.do_not_convert
         def read(number: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
             encoded = tf.ensure_shape(tf.numpy_function(read_one, [number], tf.string), [])
             return encoded, tf.zeros([3], tf.int32), tf.cast(number, tf.uint32)
@@ -194,6 +196,7 @@ class PairData:
     def _prepare(self, jitter: int) -> Callable[[tf.Tensor, tf.Tensor, tf.Tensor], dict[str, tf.Tensor]]:
         data = self._config.data
 
+        @tf.autograph.experimental.do_not_convert
         def prepare(record: tf.Tensor, how: tf.Tensor, index: tf.Tensor) -> dict[str, tf.Tensor]:
             pair = pairs.prepare(record, self.manifest, data.image_size, data.direction, jitter, how)
             return {"input": pair.input, "target": pair.target, "index": index}

@@ -78,7 +78,7 @@ class Together:
         self.size, self.index = cluster.size, cluster.index
         self._strategy = strategy
         self._local = strategy.num_replicas_in_sync // cluster.size
-        self._total = tf.function(self._reduce, input_signature=[tf.TensorSpec([None], tf.float64)])
+        self._total = tf.function(self._reduce, input_signature=[tf.TensorSpec([None], tf.float64)], autograph=False)
 
     def _reduce(self, values: tf.Tensor) -> tf.Tensor:
         def once() -> tf.Tensor:

@@ -71,7 +71,7 @@ def stamped(batches: tf.data.Dataset) -> tf.data.Dataset:
 
     That the taking itself is late counts for nothing: on a busy CPU it queues behind operations that need no batch.
     """
-    return batches.map(lambda batch: {**batch, READY: now()}).prefetch(1)
+    return batches.map(tf.autograph.experimental.do_not_convert(lambda batch: {**batch, READY: now()})).prefetch(1)
 
 
 def fetch(strategy: tf.distribute.Strategy, state: TrainState, batches: Batches) -> Batch:
@@ -99,16 +99,20 @@ def make_block(
     def step(batch: Batch, clock: Clock, asked: tf.Tensor) -> StepResult:
         return train_step(state, config, batch, clock, asked)
 
+    @tf.autograph.experimental.do_not_convert  # nothing in it needs that, and rewriting its source takes seconds
+    def next_step() -> tf.Tensor:
+        batch = fetch(strategy, state, batches)
+        clock = read_clock(config, state.step)
+        of_replicas = strategy.run(step, (batch, clock, stop.flag.read_value()))
+        result = tf.nest.map_structure(lambda value: strategy.experimental_local_results(value)[0], of_replicas)
+        state.record(result.losses, result.finite)
+        return result.stop
+
     def block(until: tf.Tensor) -> None:
         stopping = tf.constant(False)
         while (state.step < until) & state.healthy & ~stopping:
             tf.autograph.experimental.set_loop_options(parallel_iterations=1)
-            batch = fetch(strategy, state, batches)
-            clock = read_clock(config, state.step)
-            of_replicas = strategy.run(step, (batch, clock, stop.flag.read_value()))
-            result = tf.nest.map_structure(lambda value: strategy.experimental_local_results(value)[0], of_replicas)
-            state.record(result.losses, result.finite)
-            stopping = result.stop
+            stopping = next_step()
 
     compiled: Callable[[tf.Tensor], None] = tf.function(block)
     return compiled

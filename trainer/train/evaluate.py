@@ -82,7 +82,9 @@ class Evaluator:
         self._spec = data.specs.target
         shapes = [(None, *config.data.image_size, spec.channels) for spec in (data.specs.input, data.specs.target)]
         self._signature = [tf.TensorSpec(shape, tf.float32) for shape in shapes]
-        self._draw = tf.function(lambda images: translate(generator, images, config.seed), input_signature=self._signature[:1])
+        self._draw = tf.function(
+            lambda images: translate(generator, images, config.seed), input_signature=self._signature[:1], autograph=False
+        )
         self._scores = self._scorer(multiscale=False)
 
     def _levels(self, image: tf.Tensor) -> tf.Tensor:
@@ -100,7 +102,7 @@ class Evaluator:
             scores = self._strategy.run(score_batch, (images, target))
             return {name: tf.concat(self._strategy.experimental_local_results(of), 0) for name, of in scores.items()}
 
-        compiled: Callable[[tf.Tensor, tf.Tensor], dict[str, tf.Tensor]] = tf.function(score_all)
+        compiled: Callable[[tf.Tensor, tf.Tensor], dict[str, tf.Tensor]] = tf.function(score_all, autograph=False)
         return compiled
 
     def _shared(self, images: tf.Tensor) -> Any:
