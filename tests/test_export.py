@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tests.conftest import run_trainer, small_config
-from tests.pictures import encode, label, photo
+from tests.helpers.images import encode, label, photo
+from tests.helpers.processes import run_trainer
+from tests.helpers.settings import small_config
 from trainer.errors import UserError
 from trainer.export import export, stock_copy
 from trainer.model.generators import translate, unet

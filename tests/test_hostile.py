@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tests.conftest import SMALL, run_trainer, small_config
-from tests.damage import Damaged, damaged_pictures, damaged_records
-from tests.pictures import encode, photo, write_pairs
+from tests.helpers.damage import Damaged, damaged_pictures, damaged_records
+from tests.helpers.images import encode, photo, write_pairs
+from tests.helpers.processes import run_trainer
+from tests.helpers.settings import SMALL, small_config
 from trainer.data import records
 from trainer.data.pipeline import PairData, elements
 from trainer.data.prepare import Options, prepare

@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.conftest import SMALL, run_trainer
-from tests.pictures import as_kind, encode, label, photo
+from tests.helpers.images import as_kind, encode, label, photo
+from tests.helpers.processes import run_trainer
+from tests.helpers.settings import SMALL
 from trainer.data import images
 from trainer.data.prepare import Options, prepare
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.conftest import start_trainer
+from tests.helpers.processes import start_trainer
 
 FULL = ("model.generator.filters=64", "model.discriminator.filters=64")
 SETTINGS = ("train.steps=16", "train.checkpoint_every=8", "train.evaluate_every=8", "train.sample_every=8")

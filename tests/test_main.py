@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import run_trainer, start_trainer
+from tests.helpers.processes import run_trainer, start_trainer
 from trainer import __main__ as entry
 from trainer import startup
 from trainer.arguments import FLAGS_OF, define_flags, parse

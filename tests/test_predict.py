@@ -5,8 +5,8 @@ import psutil
 import pytest
 import tensorflow as tf
 
-from tests.conftest import run_trainer
-from tests.pictures import encode, label
+from tests.helpers.images import encode, label
+from tests.helpers.processes import run_trainer
 from trainer.data import images
 from trainer.data.pipeline import PairData
 from trainer.errors import DataError

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import SMALL, run_trainer, start_trainer
+from tests.helpers.processes import run_trainer, start_trainer
+from tests.helpers.settings import SMALL
 from trainer import relay
 from trainer.data import records
 from trainer.relay import entries

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tests.conftest import SMALL, run_trainer
+from tests.helpers.processes import run_trainer
+from tests.helpers.settings import SMALL
 from trainer.export import stock_model
 from trainer.model.generators import translate
 from trainer.train.evaluate import Evaluator

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import SMALL
-from tests.train.test_loop import assert_same_run
+from tests.helpers.runs import assert_same_run
+from tests.helpers.settings import SMALL
 from trainer import __version__
 
 pytestmark = pytest.mark.container

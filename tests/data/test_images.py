@@ -7,7 +7,7 @@ import tensorflow as tf
 import tifffile
 from PIL import Image, ImageOps
 
-from tests.pictures import as_kind, encode, photo
+from tests.helpers.images import as_kind, encode, photo
 from trainer.data import images
 
 LOSSLESS = [

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tests.conftest import small_config
+from tests.helpers.settings import small_config
 from trainer.data import order, records
 from trainer.data.pipeline import PairData, elements
 from trainer.data.sample import SAMPLE_FOLDER, ensure_sample

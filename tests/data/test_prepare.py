@@ -12,8 +12,8 @@ import psutil
 import pytest
 import tensorflow as tf
 
-from tests.conftest import run_trainer, start_trainer
-from tests.pictures import as_kind, encode, label, photo, write_pairs
+from tests.helpers.images import as_kind, encode, label, photo, write_pairs
+from tests.helpers.processes import run_trainer, start_trainer
 from trainer.data import prepare as prepare_module
 from trainer.data import records
 from trainer.data.pairs import decode_record

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.pictures import write_pairs
+from tests.helpers.images import write_pairs
 from trainer.data import published, records
 from trainer.data.prepare import Options
 from trainer.data.published import fetch, sha256, unpack

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.conftest import small_config
+from tests.helpers.settings import small_config
 from trainer.config import DataConfig
 from trainer.data import keep, records
 from trainer.data.keep import InMemory, OnDisk, choose, file_system, shown

@@ -19,8 +19,8 @@ import pytest
 import yaml
 
 from tests.container.test_image import DOCKER, FIELDS, IMAGE, LONG, docker
-from tests.deploy.manifests import KUBERNETES, Tree, quantity, render, the_container, the_pod
-from tests.train.test_loop import assert_same_run, wait_for_step
+from tests.helpers.manifests import KUBERNETES, Tree, quantity, render, the_container, the_pod
+from tests.helpers.runs import assert_same_run, wait_for_step
 
 KJOB = Path(os.environ.get("KJOB", Path(__file__).parents[3] / "shared" / "tools" / "kjob.py"))
 STEPS, FIRST_CHECKPOINT = 300, 35  # those of LONG

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.deploy.manifests import KUBERNETES, environment, problems, quantity, render, the_container, the_job, the_pod
+from tests.helpers.manifests import KUBERNETES, environment, problems, quantity, render, the_container, the_job, the_pod
 from trainer.arguments import parse
 from trainer.config import load_config
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, TextIO
@@ -47,7 +48,7 @@ def _warm_parent() -> str:
 
 
 class Forked(subprocess.Popen[str]):
-    """`python -m MODULE ARGUMENTS`, forked by the warm parent and handed over: a child of this process like any other."""
+    """`python -m MODULE ARGUMENTS` or `python -c TEXT ARGUMENTS`, forked by the warm parent and handed over: a child of this process like any other."""
 
     def _execute_child(self, *given: object) -> None:
         """Start the child: the one step of Popen that is done otherwise here."""
@@ -65,12 +66,14 @@ class Forked(subprocess.Popen[str]):
 
     @staticmethod
     def _request(command: list[str], environment: dict[str, str] | None, folder: str | None) -> dict[str, Any]:
-        python, flag, module, *arguments = command
-        assert (python, flag) == (sys.executable, "-m")
+        python, flag, what, *arguments = command
+        assert python == sys.executable
+        assert flag in ("-m", "-c")
         ignored = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is signal.SIG_IGN]
         return {
-            "module": module,
-            "argv": [module, *arguments],
+            "flag": flag,
+            "what": what,
+            "argv": [what if flag == "-m" else flag, *arguments],
             "environment": dict(os.environ) if environment is None else environment,
             "folder": str(folder or Path.cwd()),
             "ignored": ignored,
@@ -90,6 +93,17 @@ def fork_elsewhere(request: dict[str, Any], streams: list[int]) -> int:
             _adopt_orphans(False)
 
 
+def _start(
+    command: Sequence[str], output: TextIO | None, *, cold: bool, merged: bool, environment: dict[str, str]
+) -> subprocess.Popen[str]:
+    cold = cold or any(name.startswith(READ_AT_IMPORT) for name in environment)
+    out, err = (output, subprocess.STDOUT) if output else (subprocess.PIPE, subprocess.STDOUT if merged else subprocess.PIPE)
+    path = os.pathsep.join(filter(None, [environment.get("PYTHONPATH"), str(ROOT)]))
+    variables = dict(os.environ) | environment | {"PYTHONPATH": path}
+    kind = subprocess.Popen if cold else Forked
+    return kind([sys.executable, *command], stdout=out, stderr=err, text=True, env=variables)
+
+
 def start_module(
     module: str, *arguments: str, output: TextIO | None = None, cold: bool = False, **environment: str
 ) -> subprocess.Popen[str]:
@@ -102,11 +116,22 @@ def start_module(
         cold: start a new interpreter. A variable that is read while libraries are imported asks for one too.
         environment: variables beside those of this process.
     """
-    cold = cold or any(name.startswith(READ_AT_IMPORT) for name in environment)
-    out, err = (output, subprocess.STDOUT) if output else (subprocess.PIPE, subprocess.PIPE)
-    kind = subprocess.Popen if cold else Forked
-    command = [sys.executable, "-m", module, *arguments]
-    return kind(command, stdout=out, stderr=err, text=True, env=dict(os.environ) | environment)
+    return _start(["-m", module, *arguments], output, cold=cold, merged=False, environment=environment)
+
+
+def start_program(
+    text: str, *arguments: str, cold: bool = False, merged: bool = False, **environment: str
+) -> subprocess.Popen[str]:
+    """`python -c TEXT ARGUMENTS` as its own process, in which a test can change something before it calls the trainer.
+
+    Args:
+        text: the program.
+        arguments: what it finds in sys.argv[1:].
+        cold: as for `start_module`.
+        merged: both streams come out of stdout.
+        environment: variables beside those of this process.
+    """
+    return _start(["-c", text, *arguments], None, cold=cold, merged=merged, environment=environment)
 
 
 def start_trainer(*arguments: str, output: TextIO | None = None, cold: bool = False, **environment: str) -> subprocess.Popen[str]:

@@ -40,10 +40,13 @@ def load() -> None:
     gc.freeze()  # a collection in a child would write to every page that it shares
 
 
-def as_module(module: str) -> None:
-    """What `python -m MODULE` does; a module that is imported already is run from the beginning all the same."""
-    sys.modules.pop(module, None)
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+def run_as_main(flag: str, what: str) -> None:
+    """What `python -m MODULE` or `python -c TEXT` does; a module that is imported already is run from its beginning."""
+    if flag == "-m":
+        sys.modules.pop(what, None)
+        runpy.run_module(what, run_name="__main__", alter_sys=True)
+    else:
+        exec(compile(what, "<program>", "exec"), {"__name__": "__main__"})
 
 
 def become(request: dict[str, Any], streams: list[int]) -> NoReturn:
@@ -59,7 +62,7 @@ def become(request: dict[str, Any], streams: list[int]) -> NoReturn:
     sys.argv = request["argv"]
     code = 1
     try:
-        as_module(request["module"])
+        run_as_main(request["flag"], request["what"])
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tests.conftest import small_config
+from tests.helpers.settings import small_config
 from trainer.config import Config, ModelConfig
 from trainer.model.discriminators import patch_convolutions, patchgan, receptive_field
 from trainer.model.generators import depth_for, level_filters, translate, unet

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.workers import free_ports
+from tests.helpers.workers import hold, taken
 from trainer.cluster import Cluster
 from trainer.errors import ExitCode, PeerLostError, TrainerError, UserError
 from trainer.runtime.rendezvous import Message, Rendezvous, ToldError
@@ -21,7 +21,8 @@ class Meeting:
     """Each side runs in a thread; what it returned or raised is kept by its number."""
 
     def __init__(self, workers: int, seconds: float = 20) -> None:
-        self.addresses = tuple(f"127.0.0.1:{port}" for port in free_ports(workers))
+        self._holds = [hold() for _ in range(workers)]
+        self.addresses = tuple(f"127.0.0.1:{one.getsockname()[1]}" for one in self._holds)
         self.seconds = seconds
         self.ends: dict[int, Any] = {}
         self._threads: list[threading.Thread] = []
@@ -45,6 +46,8 @@ class Meeting:
     def finish(self) -> dict[int, Any]:
         for thread in self._threads:
             thread.join(60)
+        for held in self._holds:
+            held.close()
         return self.ends
 
 
@@ -158,9 +161,7 @@ def test_a_worker_that_dies_while_it_looks_for_the_checkpoint_is_named() -> None
 
 def test_a_chief_that_dies_while_the_others_wait_is_named() -> None:
     meeting = Meeting(2)
-    with socket.socket() as chief:
-        chief.bind(("127.0.0.1", int(meeting.addresses[0].rpartition(":")[2])))
-        chief.listen()
+    with taken(int(meeting.addresses[0].rpartition(":")[2])) as chief:
         meeting.go(1, lambda: meeting.side(1).as_worker(follow))
         connection, _ = chief.accept()
         connection.recv(1000)

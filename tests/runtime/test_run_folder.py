@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import small_config
+from tests.helpers.settings import small_config
 from trainer.errors import ExitCode, UserError
 from trainer.runtime import run_folder
 from trainer.runtime.run_folder import RecordedFailure, RunFolder, fingerprint

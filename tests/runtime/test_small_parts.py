@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tensorflow as tf
 from PIL import Image
 
+from tests.helpers.events import Scalar, scalars_of
 from trainer.config import RuntimeConfig
 from trainer.cores import quota, usable_cores
 from trainer.data.workers import Workers
@@ -18,13 +18,8 @@ from trainer.runtime.summaries import Summaries
 from trainer.runtime.versions import warn_of_changes, with_earlier
 
 
-def steps_in(folder: Path) -> list[tuple[int, str, float]]:
-    found = []
-    for path in sorted(folder.glob("*/events*")):
-        for record in tf.data.TFRecordDataset(str(path)).as_numpy_iterator():
-            event = tf.compat.v1.Event.FromString(record)
-            found += [(event.step, value.tag, float(tf.make_ndarray(value.tensor))) for value in event.summary.value]
-    return found
+def steps_in(folder: Path) -> list[Scalar]:
+    return [scalar for path in sorted(folder.glob("*/events*")) for scalar in scalars_of(path)]
 
 
 @pytest.fixture

@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from tests.conftest import SMALL, run_trainer
+from tests.helpers.processes import run_trainer
+from tests.helpers.settings import SMALL
 from trainer.cluster import Cluster
 from trainer.config import Config
 from trainer.errors import UserError

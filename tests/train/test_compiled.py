@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tests.conftest import small_config
-from tests.train.test_replicas import Topologies, assert_equal_in_float64, topologies  # noqa: F401 - a fixture
+from tests.helpers.settings import small_config
+from tests.helpers.topologies import Topologies
+from tests.train.test_replicas import assert_equal_in_float64
 from trainer.config import Config
 from trainer.data.pipeline import PairData
 from trainer.errors import UserError
@@ -78,7 +79,7 @@ def test_the_switch_compiles_forward_and_backward_passes(small_data: PairData) -
 
 
 @pytest.mark.slow
-def test_replicas_with_compiled_networks_take_the_step_of_one_device(topologies: Topologies) -> None:  # noqa: F811
+def test_replicas_with_compiled_networks_take_the_step_of_one_device(topologies: Topologies) -> None:
     case = "model.norm=instance;runtime.jit=true"
     (one,) = topologies.run(1, 1, "float64", case)
     assert_equal_in_float64(one, topologies.run(1, 2, "float64", case))

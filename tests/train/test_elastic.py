@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.conftest import run_trainer
-from tests.train.test_loop import arguments as settings_of
-from tests.train.test_loop import scalars
-from tests.workers import Workers
+from tests.helpers.events import scalars
+from tests.helpers.processes import run_trainer
+from tests.helpers.runs import arguments as settings_of
+from tests.helpers.workers import Workers
 
 TWO = ("--strategy=mirrored", "--set=runtime.cpu_devices=2")
 

@@ -3,7 +3,7 @@ import pytest
 import tensorflow as tf
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from tests.conftest import small_config
+from tests.helpers.settings import small_config
 from trainer.data.pipeline import PairData
 from trainer.model.generators import translate
 from trainer.train import evaluate

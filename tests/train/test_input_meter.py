@@ -1,8 +1,6 @@
 """The time that devices wait for input, against sleeps of known length on both sides of the queue between them."""
 
-import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +10,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tests.conftest import SMALL, small_config
-from tests.workers import free_ports, tf_config
+from tests.helpers import events
+from tests.helpers.processes import start_program
+from tests.helpers.settings import SMALL, flags, small_config
+from tests.helpers.workers import held_ports, tf_config
 from trainer.config import Config
 from trainer.data.pipeline import PairData
 from trainer.runtime.preemption import StopSignal
@@ -116,8 +116,7 @@ sys.exit(main())
 def start(folder: Path, seconds: float, *settings: str, **environment: str) -> subprocess.Popen[str]:
     """The trainer in a process of its own, in which every record takes so much longer to read."""
     given = (*SMALL, "train.checkpoint_every=0", "train.sample_every=0", "train.evaluate_every=0", *settings)
-    command = [sys.executable, "-c", SLOWED.format(seconds=seconds), f"--model_dir={folder}", *(f"--set={one}" for one in given)]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | environment)
+    return start_program(SLOWED.format(seconds=seconds), *flags(folder, *given), **environment)
 
 
 def lines_of(process: subprocess.Popen[str]) -> list[str]:
@@ -127,12 +126,7 @@ def lines_of(process: subprocess.Popen[str]) -> list[str]:
 
 
 def scalars(folder: Path, name: str) -> list[tuple[int, float]]:
-    found = []
-    for path in sorted((folder / "summaries" / "train").glob("events*")):
-        for record in tf.data.TFRecordDataset(str(path)).as_numpy_iterator():
-            event = tf.compat.v1.Event.FromString(record)
-            found += [(event.step, float(tf.make_ndarray(one.tensor))) for one in event.summary.value if one.tag == name]
-    return found
+    return [(found.step, found.value) for found in events.scalars(folder, measured=True) if found.tag == name]
 
 
 @pytest.mark.clock
@@ -163,10 +157,10 @@ def test_a_run_whose_input_is_fast_has_no_such_line(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_chief_tells_of_the_worker_that_waits_most(tmp_path: Path) -> None:
     """Worker 1 reads slowly; the chief, which waits for it inside the step, would not see that by itself."""
-    ports = free_ports(2)
     settings = ("train.batch_size=2", "train.steps=60", "train.summary_every=30")
-    running = [start(tmp_path, 0.3 * index, *settings, TF_CONFIG=tf_config(ports, index)) for index in (0, 1)]
-    lines = [lines_of(process) for process in running]
+    with held_ports(2) as ports:
+        running = [start(tmp_path, 0.3 * index, *settings, TF_CONFIG=tf_config(ports, index)) for index in (0, 1)]
+        lines = [lines_of(process) for process in running]
     assert min(share for _, share in scalars(tmp_path, "input/wait_share")) > 0.3
     assert [("worker 1 waited for input" in line) for line in lines[0] if "input-bound" in line] == [True]
     assert [line for line in lines[1] if "input-bound" in line] == []

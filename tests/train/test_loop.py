@@ -1,76 +1,20 @@
 """Whole runs as real processes: killed, stopped, resumed, diverged, finished."""
 
 import json
-import os
 import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-import tensorflow as tf
-from PIL import Image
 
-from tests.conftest import SMALL, run_trainer, start_trainer
+from tests.helpers.events import scalars
+from tests.helpers.processes import finish, run_trainer, start_program, start_trainer
+from tests.helpers.runs import STEPS, arguments, assert_same_run, contents, newest, wait_for_step
 from trainer.data import records
-from trainer.runtime.checkpoints import Checkpoints, Marker
-
-STEPS = 400
-MEASURED = ("images_per_second", "input/")  # by the clock
-SETTINGS = (
-    *SMALL, "train.batch_size=2", f"train.steps={STEPS}", "train.checkpoint_every=35", "train.summary_every=20",
-    "train.sample_every=100", "train.evaluate_every=50", "train.keep=2", "optimizer.schedule=linear_decay",
-)  # fmt: skip
-
-
-def arguments(folder: Path, *overrides: str) -> list[str]:
-    return [f"--model_dir={folder}", *(f"--set={setting}" for setting in (*SETTINGS, *overrides))]
-
-
-def newest(folder: Path) -> Marker | None:
-    markers = Checkpoints(folder / "checkpoints", 2).markers() if (folder / "checkpoints").is_dir() else []
-    return markers[-1] if markers else None
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every tensor of the newest checkpoint, and everything else that a run leaves, but for times of day."""
-    marker = newest(folder)
-    assert marker is not None
-    reader = tf.train.load_checkpoint(str(folder / "checkpoints" / marker.prefix))
-    found = {
-        name: reader.get_tensor(name).tobytes()
-        for name in reader.get_variable_to_shape_map()
-        if name != "_CHECKPOINTABLE_OBJECT_GRAPH"
-    }
-    found["metrics"] = (folder / "metrics.jsonl").read_bytes()
-    found["best"] = (folder / "checkpoints" / "best.json").read_bytes()
-    for picture in (folder / "samples").iterdir():
-        found[picture.name] = np.asarray(Image.open(picture)).tobytes()
-    found["scalars"] = repr(scalars(folder)).encode()
-    return found
-
-
-def scalars(folder: Path) -> list[tuple[int, str, float]]:
-    found = []
-    for path in (folder / "summaries").glob("*/events*"):
-        for record in tf.data.TFRecordDataset(str(path)).as_numpy_iterator():
-            event = tf.compat.v1.Event.FromString(record)
-            values = [(event.step, value.tag, float(tf.make_ndarray(value.tensor))) for value in event.summary.value]
-            found += [value for value in values if not value[1].startswith(MEASURED)]
-    return sorted(found)
-
-
-def wait_for_step(process: object, folder: Path, step: int) -> None:
-    deadline = time.monotonic() + 120
-    while (marker := newest(folder)) is None or marker.step < step:
-        assert process.poll() is None, process.stderr.read()  # type: ignore[attr-defined]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+from trainer.runtime.checkpoints import Checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -79,12 +23,6 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = run_trainer(*arguments(folder))
     assert done.returncode == 0, done.stderr
     return folder
-
-
-def assert_same_run(folder: Path, other: Path) -> None:
-    ours, theirs = contents(folder), contents(other)
-    assert ours.keys() == theirs.keys()
-    assert [name for name in ours if ours[name] != theirs[name]] == []
 
 
 def test_killed_at_three_random_moments_it_ends_with_the_same_bits(undisturbed: Path, tmp_path: Path) -> None:
@@ -310,13 +248,11 @@ def test_dead_at_any_write_it_ends_with_the_same_bits(tmp_path: Path) -> None:
         "train.checkpoint_every=5",
         "train.keep=1",
     )
-    whole, program = tmp_path / "whole", tmp_path / "program.py"
-    program.write_text(DIES_AT_A_WRITE)
+    whole = tmp_path / "whole"
     assert run_trainer(*arguments(whole, *settings)).returncode == 0
     for die_at in range(3, 60, 4):
         folder = tmp_path / f"run-{die_at}"
-        command = [sys.executable, str(program), *arguments(folder, *settings)]
-        died = subprocess.run(command, env=dict(os.environ) | {"DIE_AT": str(die_at)}, capture_output=True, check=False)
+        died = finish(start_program(DIES_AT_A_WRITE, *arguments(folder, *settings), DIE_AT=str(die_at)))
         assert died.returncode in (9, 0)
         done = run_trainer(*arguments(folder, *settings))
         assert done.returncode == 0, done.stderr

@@ -1,10 +1,6 @@
 """One device, two and four replicas, two workers: the same step on the same global batches, as real strategies take it."""
 
-import os
-import subprocess
-import sys
 from collections import defaultdict
-from functools import lru_cache
 from pathlib import Path
 
 import keras
@@ -12,14 +8,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tests.conftest import small_config
-from tests.train.equality import MUTATIONS, RATE
-from tests.workers import free_ports, tf_config
+from tests.helpers.equality import MUTATIONS, RATE
+from tests.helpers.settings import small_config
+from tests.helpers.topologies import Found, Topologies
 from trainer.data.pipeline import PairData
 from trainer.model.layers import example_keys
 from trainer.train.state import TrainState, trainable
-
-Found = dict[str, np.ndarray]
 
 QUICK = ("model.norm=sync_batch", "model.norm=instance")
 SLOW = (
@@ -32,33 +26,6 @@ ROUNDED = (*QUICK, "model.norm=none")
 GRADIENT_64, WEIGHT_64 = 1e-12, 1e-10
 # In float32 the sums are rounded 2^29 times more coarsely, and five steps of gradient descent spread it.
 GRADIENT_32 = 1e-3
-
-
-class Topologies:
-    """Runs the program once for each topology and set of cases."""
-
-    def __init__(self, folder: Path, data: Path) -> None:
-        self._folder, self._data = folder, data
-
-    @lru_cache  # noqa: B019 - lives as long as the session
-    def run(self, workers: int, devices: int, precisions: str, *cases: str) -> list[Found]:
-        """What each worker wrote down, tensor by tensor."""
-        stem = self._folder / f"{workers}x{devices}-{abs(hash((precisions, cases)))}"
-        ports, running = free_ports(workers), []
-        for index in range(workers):
-            output = f"{stem}-{index}.npz"
-            arguments = [output, str(self._data), ",".join(cases), precisions, str(devices)]
-            environment = dict(os.environ) | ({"TF_CONFIG": tf_config(ports, index)} if workers > 1 else {})
-            command = [sys.executable, "-m", "tests.train.equality", *arguments]
-            running.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
-        errors = [process.communicate(timeout=600)[1] for process in running]
-        assert [process.returncode for process in running] == [0] * workers, errors
-        return [dict(np.load(f"{stem}-{index}.npz")) for index in range(workers)]
-
-
-@pytest.fixture(scope="session")
-def topologies(tmp_path_factory: pytest.TempPathFactory, sample_folder: Path) -> Topologies:
-    return Topologies(tmp_path_factory.mktemp("topologies"), sample_folder)
 
 
 def differences(one: Found, other: Found, precision: str) -> dict[str, float]:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tests.conftest import small_config
+from tests.helpers.settings import small_config
 from trainer.config import Config
 from trainer.data.pipeline import Specs
 from trainer.data.records import ImageSpec

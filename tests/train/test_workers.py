@@ -3,23 +3,17 @@
 import re
 import shutil
 import signal
-import socket
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import run_trainer
-from tests.train.test_loop import arguments as settings_of
-from tests.train.test_loop import assert_same_run, newest
-from tests.workers import Workers, tf_config
+from tests.helpers.processes import run_trainer
+from tests.helpers.runs import arguments, assert_same_run, newest
+from tests.helpers.workers import Workers, held_ports, taken, tf_config
 
 LONG = ("train.steps=100000", "train.checkpoint_every=20", "train.evaluate_every=0", "train.sample_every=0")
 TRAINS = "step "
-
-
-def arguments(folder: Path, *overrides: str) -> list[str]:
-    return settings_of(folder, *overrides)
 
 
 def trained_a_while(workers: Workers, folder: Path, step: int = 40) -> None:
@@ -130,11 +124,8 @@ def test_a_worker_that_waits_can_be_stopped(tmp_path: Path) -> None:
 
 
 def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        done = run_trainer(*arguments(tmp_path / "run"), TF_CONFIG=tf_config([port, port + 1], 0))
+    with held_ports(2) as (port, other), taken(port):
+        done = run_trainer(*arguments(tmp_path / "run"), TF_CONFIG=tf_config([port, other], 0))
     assert done.returncode == 75
     line = f"trainer: port {port}, where this worker is to listen, cannot be used: Address already in use"
     assert done.stderr.strip().splitlines()[-1] == line
@@ -142,9 +133,7 @@ def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
 
 def test_a_workers_own_port_that_is_taken_is_named(tmp_path: Path) -> None:
     workers = Workers(tmp_path / "logs", count=2, only=())
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", workers.ports[1]))
-        taken.listen()
+    with taken(workers.ports[1]):
         for index in (0, 1):
             workers.start(index, *arguments(tmp_path / "run"))
         codes = workers.codes()

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.bucket.service import BucketService
-from tests.conftest import run_trainer
-from tests.pictures import encode, label
+from tests.helpers.bucket.service import BucketService
+from tests.helpers.images import encode, label
+from tests.helpers.processes import run_trainer
 from trainer.errors import BucketAwayError, DataError, UserError
 from trainer.predict import find_jobs, predict
 from trainer.storage.bucket import parse

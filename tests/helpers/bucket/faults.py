@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, get_args
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-from tests.bucket.answers import Action, Content, Json
+from tests.helpers.bucket.answers import Action, Content, Json
 
 
 @dataclass

@@ -22,11 +22,9 @@ from google.cloud import storage
 from google.cloud.storage.exceptions import DataCorruption, InvalidResponse
 from google.cloud.storage.retry import DEFAULT_RETRY
 
-from tests.bucket.answers import QUANTUM, RATE_LIMITED, forbidden, retained
-from tests.bucket.faults import Chance, Fault, Request, refuse
-from tests.bucket.service import BucketService
-
-pytest_plugins = ["tests.bucket.fixtures"]
+from tests.helpers.bucket.answers import QUANTUM, RATE_LIMITED, forbidden, retained
+from tests.helpers.bucket.faults import Chance, Fault, Request, refuse
+from tests.helpers.bucket.service import BucketService
 
 ROOT = Path(__file__).parents[2]
 SOON = DEFAULT_RETRY.with_delay(initial=0.05, maximum=0.2).with_timeout(20)
@@ -626,7 +624,7 @@ def test_the_program_runs_a_command_with_a_bucket() -> None:
         "b.blob('a').upload_from_string(b'x' * 100_000); print(b.get_blob('a').size, sys.argv[1:]); sys.exit(7)"
     )
     options = ["--bucket", "data", "--latency", "0.01", "--megabytes_per_second", "50", "--"]
-    command = [sys.executable, "-m", "tests.bucket.service", *options, sys.executable, "-c", code, "--flag", "value"]
+    command = [sys.executable, "-m", "tests.helpers.bucket.service", *options, sys.executable, "-c", code, "--flag", "value"]
     environment = {name: value for name, value in os.environ.items() if name != "STORAGE_EMULATOR_HOST"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60, env=environment, check=False)
     assert (done.returncode, done.stdout) == (7, "100000 ['--flag', 'value']\n"), done.stderr
@@ -643,7 +641,7 @@ def running(pid: int) -> bool:
 @pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel of Linux to end the children")
 def test_nothing_outlives_a_process_that_is_killed() -> None:
     code = (
-        "import time, psutil; from tests.bucket.service import BucketService; service = BucketService().__enter__();"
+        "import time, psutil; from tests.helpers.bucket.service import BucketService; service = BucketService().__enter__();"
         "print(*[child.pid for child in psutil.Process().children(recursive=True)], flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT) as owner:

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tests.bucket.answers import forbidden
-from tests.bucket.faults import Fault, refuse
-from tests.bucket.runs import copy_down
-from tests.bucket.service import BucketService
-from tests.conftest import run_trainer
-from tests.pictures import encode, label
+from tests.helpers.bucket.answers import forbidden
+from tests.helpers.bucket.faults import Fault, refuse
+from tests.helpers.bucket.runs import copy_down
+from tests.helpers.bucket.service import BucketService
+from tests.helpers.images import encode, label
+from tests.helpers.processes import run_trainer
 from trainer.errors import BucketRefusedError, UserError
 from trainer.export import EXPORT_MARK, export
 from trainer.storage.bucket import parse

@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.bucket.answers import forbidden
-from tests.bucket.faults import Fault, Request, refuse
-from tests.bucket.service import BucketService
-from tests.conftest import SMALL, run_trainer, small_config, start_trainer
+from tests.helpers.bucket.answers import forbidden
+from tests.helpers.bucket.faults import Fault, Request, refuse
+from tests.helpers.bucket.service import BucketService
+from tests.helpers.processes import run_trainer, start_trainer
+from tests.helpers.settings import SMALL, small_config
 from trainer.check import check
 from trainer.data import keep, order, reading, records
 from trainer.data.pipeline import PairData, elements

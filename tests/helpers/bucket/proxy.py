@@ -18,9 +18,9 @@ from http.server import BaseHTTPRequestHandler
 from types import FrameType
 from typing import Any
 
-from tests.bucket.answers import CONTROL, LOOPBACK, QUANTUM, Content, error
-from tests.bucket.faults import Call, Fault, Request, State
-from tests.bucket.store import Answer, Backend, Store, answer_error, answer_json, status_answer
+from tests.helpers.bucket.answers import CONTROL, LOOPBACK, QUANTUM, Content, error
+from tests.helpers.bucket.faults import Call, Fault, Request, State
+from tests.helpers.bucket.store import Answer, Backend, Store, answer_error, answer_json, status_answer
 
 
 class HangUpError(Exception):

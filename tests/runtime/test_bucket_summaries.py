@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import tensorflow as tf
 
-from tests.bucket.answers import forbidden
-from tests.bucket.faults import refuse
-from tests.bucket.service import BucketService
+from tests.helpers.bucket.answers import forbidden
+from tests.helpers.bucket.faults import refuse
+from tests.helpers.bucket.service import BucketService
+from tests.helpers.events import scalars_of
 from trainer.errors import BucketAwayError
 from trainer.runtime import outbox, summaries
 from trainer.runtime.lease import LostClaimError
@@ -31,9 +31,7 @@ def steps(folder: BucketPath, scratch: Path) -> list[int]:
     found = []
     for name in folder.listing():
         (folder / name).download(scratch / "copy")
-        for record in tf.data.TFRecordDataset(str(scratch / "copy")).as_numpy_iterator():
-            event = tf.compat.v1.Event.FromString(record)
-            found += [event.step for _ in event.summary.value]
+        found += [scalar.step for scalar in scalars_of(scratch / "copy")]
     return sorted(found)
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote, unquote, urlencode
 
-from tests.bucket.answers import (
+from tests.helpers.bucket.answers import (
     BUCKET_NOT_EMPTY,
     CONDITION_NOT_MET,
     LOOPBACK,
@@ -28,7 +28,7 @@ from tests.bucket.answers import (
     error,
     no_object,
 )
-from tests.bucket.faults import Call, Fault, State
+from tests.helpers.bucket.faults import Call, Fault, State
 
 
 @dataclass

@@ -11,13 +11,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.bucket.answers import forbidden
-from tests.bucket.faults import Fault, Request, refuse
-from tests.bucket.service import BucketService
-from tests.conftest import run_trainer, start_trainer
 from tests.data.test_prepare import digests, options, spoil
 from tests.data.test_published import Server, archive, server
-from tests.pictures import encode, label, photo, write_pairs
+from tests.helpers.bucket.answers import forbidden
+from tests.helpers.bucket.faults import Fault, Request, refuse
+from tests.helpers.bucket.service import BucketService
+from tests.helpers.images import encode, label, photo, write_pairs
+from tests.helpers.processes import run_trainer, start_trainer
 from trainer.data import prepare as prepare_module
 from trainer.data import records
 from trainer.data.outputs import PARTIAL_MARK

@@ -2,10 +2,11 @@
 
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from tests.bucket.service import BucketService
+from tests.helpers.bucket.service import BucketService
 
 
 @pytest.fixture(scope="session")
@@ -18,7 +19,16 @@ def bucket_service() -> Iterator[BucketService]:
 
 
 @pytest.fixture
-def bucket(bucket_service: BucketService) -> Iterator[str]:
+def empty_working_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder to work in that ends without a folder named `gs:`: there one appears where an address is taken for a path."""
+    folder = tmp_path_factory.mktemp("working")
+    monkeypatch.chdir(folder)
+    yield folder
+    assert [path.name for path in folder.rglob("gs*")] == []
+
+
+@pytest.fixture
+def bucket(bucket_service: BucketService, empty_working_folder: Path) -> Iterator[str]:
     """The URL of an empty bucket; whatever the test orders of the service ends with it."""
     bucket_service.clear()
     url = bucket_service.bucket(f"b-{uuid.uuid4()}")

@@ -2,16 +2,15 @@
 
 import random
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 
-from tests.bucket.runs import wait_until
-from tests.bucket.saver import state_of
-from tests.bucket.service import BucketService
+from tests.helpers.bucket.saver import state_of
+from tests.helpers.bucket.service import BucketService
+from tests.helpers.processes import start_module
+from tests.helpers.waiting import wait_until
 from trainer.runtime.bucket_checkpoints import BucketCheckpoints
 from trainer.storage.bucket import BucketPath, parse
 
@@ -23,12 +22,7 @@ def killed_in(folder: BucketPath, service: BucketService, after: float) -> None:
     """Start saving on a slow line, kill that long after the first upload has begun."""
     service.clear()
     service.throttle(0.02, BYTES / SECONDS_OF_A_SAVE)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.bucket.saver", str(folder), str(BYTES)],
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    process = start_module("tests.helpers.bucket.saver", str(folder), str(BYTES))
     wait_until(lambda: any(".index" in request.path for request in service.requests()), process)
     time.sleep(after)
     process.send_signal(signal.SIGKILL)

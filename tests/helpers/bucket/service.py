@@ -3,7 +3,7 @@
     client --http--> proxy (its own process: in the process of the test both would wait for one lock) --> fake-gcs-server
 
 Both children end with the process that started them, even if that is killed.  Only the JSON API, only plain http, only
-one version of an object.  `BucketService` runs them; `python -m tests.bucket.service -- COMMAND` runs a command with them.
+one version of an object.  `BucketService` runs them; `python -m tests.helpers.bucket.service -- COMMAND` runs a command with them.
 
 What fake-gcs-server 1.x does otherwise than the real service, and the proxy mends:
 
@@ -48,8 +48,8 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-from tests.bucket.answers import CONTROL, LOOPBACK
-from tests.bucket.faults import KINDS, Chance, Fault, Request
+from tests.helpers.bucket.answers import CONTROL, LOOPBACK
+from tests.helpers.bucket.faults import KINDS, Chance, Fault, Request
 
 ROOT = Path(__file__).parents[2]
 
@@ -61,7 +61,7 @@ class BucketService:
         self.port = 0
 
     def __enter__(self) -> Self:
-        command = [sys.executable, "-P", "-m", "tests.bucket.proxy", str(os.getpid())]
+        command = [sys.executable, "-P", "-m", "tests.helpers.bucket.proxy", str(os.getpid())]
         where = os.environ | {"PYTHONPATH": str(ROOT)}
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True, text=True, env=where)
         assert self.process.stdout is not None
@@ -143,8 +143,8 @@ class BucketService:
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
-    """`python -m tests.bucket.service [options] -- COMMAND...`: the command, with the service in its environment."""
-    parser = argparse.ArgumentParser(prog="python -m tests.bucket.service", description=run.__doc__)
+    """`python -m tests.helpers.bucket.service [options] -- COMMAND...`: the command, with the service in its environment."""
+    parser = argparse.ArgumentParser(prog="python -m tests.helpers.bucket.service", description=run.__doc__)
     parser.add_argument("--latency", type=float, default=0.0, metavar="S", help="seconds that every request waits")
     parser.add_argument("--megabytes_per_second", type=float, default=0.0, metavar="N", help="limit for one connection")
     parser.add_argument("--bucket", action="append", default=[], metavar="NAME", help="a bucket to make; may be repeated")

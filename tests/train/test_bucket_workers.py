@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.bucket.runs import arguments, copy_down, copy_up, listed, newest, run
-from tests.workers import Workers
+from tests.helpers.bucket.runs import arguments, copy_down, copy_up, listed
+from tests.helpers.processes import run_trainer
+from tests.helpers.runs import newest
+from tests.helpers.workers import Workers
 from trainer.storage.bucket import parse
 
 
@@ -27,7 +29,7 @@ def test_two_workers_train_into_a_bucket_and_one_goes_on_alone(bucket: str, data
     names = parse(f"{bucket}/run").listing()
     assert ".lease" not in names
     assert len([name for name in names if "tfevents" in name]) == 2, "only the chief writes events"
-    alone = run(*arguments(f"{bucket}/run", data, "train.steps=75", "model.norm=instance"))
+    alone = run_trainer(*arguments(f"{bucket}/run", data, "train.steps=75", "model.norm=instance"))
     assert alone.returncode == 0, alone.stderr
     assert "going on from the checkpoint of step 60" in alone.stderr
 

@@ -25,7 +25,7 @@ load_tensorflow()
 import keras  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
-from tests.conftest import small_config  # noqa: E402
+from tests.helpers.settings import small_config  # noqa: E402
 from trainer.config import Config, OptimizerConfig, RuntimeConfig  # noqa: E402
 from trainer.data.pipeline import PairData  # noqa: E402
 from trainer.model import losses  # noqa: E402

@@ -7,9 +7,9 @@ import google_crc32c
 import pytest
 from google.api_core.exceptions import PreconditionFailed
 
-from tests.bucket.answers import UNAVAILABLE, forbidden, retained
-from tests.bucket.faults import Fault, refuse
-from tests.bucket.service import BucketService
+from tests.helpers.bucket.answers import UNAVAILABLE, forbidden, retained
+from tests.helpers.bucket.faults import Fault, refuse
+from tests.helpers.bucket.service import BucketService
 from trainer.errors import BucketAwayError, BucketRefusedError, ExitCode, UserError
 from trainer.storage.bucket import UPLOAD_CHUNK, BucketPath, parse
 from trainer.storage.places import place, sizes_in

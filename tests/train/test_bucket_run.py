@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.bucket.answers import forbidden
-from tests.bucket.faults import Fault, refuse
-from tests.bucket.runs import arguments, assert_same, copy_up, finish, listed, newest, run, wait_for_step, wait_until
-from tests.bucket.service import BucketService
-from tests.conftest import run_trainer, start_trainer
+from tests.helpers.bucket.answers import forbidden
+from tests.helpers.bucket.faults import Fault, refuse
+from tests.helpers.bucket.runs import arguments, assert_same, copy_up, listed
+from tests.helpers.bucket.service import BucketService
+from tests.helpers.events import scalars
+from tests.helpers.processes import finish, run_trainer, start_trainer
+from tests.helpers.runs import last_line, newest, wait_for_step
+from tests.helpers.waiting import wait_until
 from tests.test_cluster import vertex
-from tests.train.test_loop import scalars
 from trainer.runtime.checkpoints import Checkpoints
 from trainer.storage.bucket import parse
 
@@ -34,18 +36,14 @@ def data(bucket: str, sample_folder: Path) -> str:
     return f"{bucket}/data"
 
 
-def last_line(done: object) -> str:
-    return str(done.stderr).strip().splitlines()[-1]  # type: ignore[attr-defined]
-
-
 def test_data_and_model_in_a_bucket_give_the_bits_of_a_local_run(bucket: str, data: str, local: Path, tmp_path: Path) -> None:
     (temporary := tmp_path / "tmp").mkdir()
-    done = run(*arguments(f"{bucket}/run", data), TMPDIR=str(temporary))
+    done = run_trainer(*arguments(f"{bucket}/run", data), TMPDIR=str(temporary))
     assert done.returncode == 0, done.stderr
     assert f"pictures    {bucket}/run/samples" in done.stdout
     assert list(temporary.iterdir()) == [], "nothing of the run is left on this machine"
     assert_same(f"{bucket}/run", local, tmp_path / "copy")
-    again = run(*arguments(f"{bucket}/run", data))
+    again = run_trainer(*arguments(f"{bucket}/run", data))
     assert again.returncode == 0
     assert "this run is finished" in again.stdout
     left = {name.split("/")[0] for name in parse(f"{bucket}/run").listing()}
@@ -56,7 +54,7 @@ def test_data_and_model_in_a_bucket_give_the_bits_of_a_local_run(bucket: str, da
 def test_a_save_takes_half_of_the_naive_49_requests_or_less(
     bucket: str, sample_folder: Path, bucket_service: BucketService
 ) -> None:
-    done = run(*arguments(f"{bucket}/run", str(sample_folder)))
+    done = run_trainer(*arguments(f"{bucket}/run", str(sample_folder)))
     assert done.returncode == 0, done.stderr
     saves = 120 // 15
     sent = [request for request in bucket_service.requests() if "checkpoints" in request.path]
@@ -73,7 +71,7 @@ def test_killed_at_random_moments_it_goes_on_at_once_to_the_same_bits(
         process.send_signal(signal.SIGKILL)
         process.communicate(timeout=30)
     began = time.monotonic()
-    done = run(*arguments(f"{bucket}/run", data))
+    done = run_trainer(*arguments(f"{bucket}/run", data))
     assert done.returncode == 0, done.stderr
     assert time.monotonic() - began < 50, "the dead process was of this machine: nobody waits for its lease"
     assert "going on from the checkpoint of step" in done.stderr
@@ -93,14 +91,14 @@ def test_a_stop_saves_to_the_bucket_and_gives_the_lease_back(bucket: str, data: 
     assert saved
     assert marker
     assert marker.step == int(saved[1])
-    assert run(*arguments(f"{bucket}/run", data)).returncode == 0
+    assert run_trainer(*arguments(f"{bucket}/run", data)).returncode == 0
     assert_same(f"{bucket}/run", local, tmp_path)
 
 
 def test_a_second_job_stops_and_names_the_first(bucket: str, data: str) -> None:
     first = start_trainer(*arguments(f"{bucket}/run", data, "train.steps=100000"), TRAINER_JOB_UID="first-job")
     wait_for_step(first, f"{bucket}/run", 15)
-    second = run(*arguments(f"{bucket}/run", data, "train.steps=100000"), TRAINER_JOB_UID="second-job")
+    second = run_trainer(*arguments(f"{bucket}/run", data, "train.steps=100000"), TRAINER_JOB_UID="second-job")
     assert second.returncode == 2
     assert re.search(
         r"gs://.*/run: job first-job, process \d+ on \S+ is training in it; stop it or choose another --model_dir",
@@ -118,7 +116,7 @@ def test_a_paused_writer_that_wakes_up_cannot_overwrite_its_successor(
     paused = start_trainer(*arguments(f"{bucket}/run", data), TRAINER_JOB_UID="the-job")
     wait_for_step(paused, f"{bucket}/run", 30)
     paused.send_signal(signal.SIGSTOP)
-    done = run(*arguments(f"{bucket}/run", data), TRAINER_JOB_UID="the-job")
+    done = run_trainer(*arguments(f"{bucket}/run", data), TRAINER_JOB_UID="the-job")
     assert done.returncode == 0, done.stderr
     before = listed(f"{bucket}/run")
     paused.send_signal(signal.SIGCONT)
@@ -135,7 +133,7 @@ def test_random_faults_change_no_bit(
     share: float, bucket: str, data: str, local: Path, tmp_path: Path, bucket_service: BucketService
 ) -> None:
     bucket_service.random_faults(share, seed=6)
-    done = run(*arguments(f"{bucket}/run", data))
+    done = run_trainer(*arguments(f"{bucket}/run", data))
     hit = [request.fault for request in bucket_service.requests() if request.fault]
     bucket_service.random_faults(0.0, seed=6)
     assert done.returncode == 0, done.stderr
@@ -176,7 +174,7 @@ def test_a_bucket_that_stays_away_ends_the_run_with_75_and_leaves_the_last_check
     kept = newest(f"{bucket}/run")
     assert kept
     assert kept.step >= 30
-    done = run(*arguments(f"{bucket}/run", data))
+    done = run_trainer(*arguments(f"{bucket}/run", data))
     assert f"going on from the checkpoint of step {kept.step}" in done.stderr
     assert_same(f"{bucket}/run", local, tmp_path)
 
@@ -197,7 +195,7 @@ def test_when_the_data_stay_away_what_was_done_is_saved_where_the_run_is(
     (marker,) = Checkpoints(folder / "checkpoints", 2).markers()
     assert marker.step > 0
     bucket_service.away(False)
-    last = run(*[flag.replace("train.steps=100000", f"train.steps={marker.step + 1}") for flag in flags])
+    last = run_trainer(*[flag.replace("train.steps=100000", f"train.steps={marker.step + 1}") for flag in flags])
     assert last.returncode == 0, last.stderr
     assert f"going on from the checkpoint of step {marker.step}" in last.stderr
 
@@ -225,7 +223,7 @@ def test_a_signal_while_the_data_are_away_is_answered_in_seconds_and_loses_nothi
     assert f"SIGTERM: stopped; step {marker.step} is saved in {folder}" in last_line(done)
     assert marker.step > 0
     bucket_service.faults()
-    last = run(*[flag.replace("train.steps=100000", f"train.steps={marker.step + 1}") for flag in flags])
+    last = run_trainer(*[flag.replace("train.steps=100000", f"train.steps={marker.step + 1}") for flag in flags])
     assert last.returncode == 0, last.stderr
     losses = [step for step, tag, _ in scalars(folder) if tag == "loss/l1"]
     assert losses == list(range(1, marker.step + 2)), "none is missing and none is there twice"
@@ -250,7 +248,7 @@ def test_summaries_that_cannot_be_written_never_stop_training(
     bucket: str, data: str, local: Path, bucket_service: BucketService, tmp_path: Path
 ) -> None:
     bucket_service.faults(refuse(forbidden("storage.objects.create"), "POST", "tfevents", times=4))
-    done = run(*arguments(f"{bucket}/run", data))
+    done = run_trainer(*arguments(f"{bucket}/run", data))
     assert done.returncode == 0, done.stderr
     assert "training goes on; waiting to be sent" in done.stderr
     assert_same(f"{bucket}/run", local, tmp_path)
@@ -264,13 +262,13 @@ def test_vertex_folders_hold_checkpoints_summaries_and_the_model(bucket: str, da
         "AIP_CHECKPOINT_DIR": f"{bucket}/job/checkpoints/",
         "AIP_TENSORBOARD_LOG_DIR": f"{bucket}/job/logs/",
     }
-    done = run(*given, **folders)
+    done = run_trainer(*given, **folders)
     assert done.returncode == 0, done.stderr
     names = set(parse(f"{bucket}/job").listing())
     assert {"config.yaml", "metrics.jsonl", "checkpoints/checkpoints.json", "model/saved_model.pb"} <= names
     assert any(name.startswith("logs/train/events") for name in names)
     assert "summaries" not in {name.split("/")[0] for name in names}
-    measured = run("evaluate", f"--model_dir={bucket}/job", "--split=val", **folders)
+    measured = run_trainer("evaluate", f"--model_dir={bucket}/job", "--split=val", **folders)
     assert measured.returncode == 0, measured.stderr
     lines = [json.loads(line) for line in parse(f"{bucket}/job/metrics.jsonl").read_text().splitlines()]
     last = next(line["l1"] for line in reversed(lines) if line["split"] == "val")
@@ -285,7 +283,7 @@ def test_a_folder_that_is_named_is_stronger_than_those_of_vertex(bucket: str, da
         "AIP_CHECKPOINT_DIR": f"{bucket}/job/checkpoints/",
         "AIP_TENSORBOARD_LOG_DIR": f"{bucket}/job/logs/",
     }
-    done = run(*arguments(f"{bucket}/mine", data, "train.steps=20", "train.evaluate_every=0"), **folders)
+    done = run_trainer(*arguments(f"{bucket}/mine", data, "train.steps=20", "train.evaluate_every=0"), **folders)
     assert done.returncode == 0, done.stderr
     mine, job = parse(f"{bucket}/mine").listing(), parse(f"{bucket}/job").listing()
     assert {"config.yaml", "checkpoints/checkpoints.json"} <= set(mine)
@@ -303,7 +301,7 @@ def test_each_trial_of_a_tuning_job_is_a_job_of_its_own(bucket: str, data: str) 
     process = start_trainer(*given, **of_trial["1"])
     wait_for_step(process, f"{bucket}/run", 15)
     assert json.loads(parse(f"{bucket}/run/.lease").read_text())["owner"]["job"] == "7/1"
-    other = run(*given, **of_trial["2"])
+    other = run_trainer(*given, **of_trial["2"])
     assert other.returncode == 2
     assert re.search(r"job 7/1, process \d+ on \S+ is training in it", last_line(other))
     process.send_signal(signal.SIGTERM)
@@ -320,7 +318,7 @@ def test_a_damaged_newest_checkpoint_falls_back_and_says_so(bucket: str, data: s
     assert marker
     shard = next(name for name in marker.files if ".data-" in name)
     (parse(f"{bucket}/run/checkpoints") / shard).write_bytes(b"not what was there")
-    done = run(*arguments(f"{bucket}/run", data))
+    done = run_trainer(*arguments(f"{bucket}/run", data))
     assert done.returncode == 0, done.stderr
     assert f"checkpoint of step {marker.step} is damaged ({shard} has 18 bytes" in done.stderr
     assert_same(f"{bucket}/run", local, tmp_path)

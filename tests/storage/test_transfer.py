@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.bucket.answers import forbidden
-from tests.bucket.faults import Fault, refuse
-from tests.bucket.service import BucketService
+from tests.helpers.bucket.answers import forbidden
+from tests.helpers.bucket.faults import Fault, refuse
+from tests.helpers.bucket.service import BucketService
 from trainer.errors import BucketRefusedError
 from trainer.storage.bucket import BucketPath, parse
 from trainer.storage.transfer import ahead, remove_all, replace_folder

@@ -9,10 +9,10 @@ from dataclasses import replace
 import pytest
 import tensorflow as tf
 
-from tests.bucket.answers import UNAVAILABLE, forbidden
-from tests.bucket.faults import Fault, refuse
-from tests.bucket.runs import keys
-from tests.bucket.service import BucketService
+from tests.helpers.bucket.answers import UNAVAILABLE, forbidden
+from tests.helpers.bucket.faults import Fault, refuse
+from tests.helpers.bucket.runs import keys
+from tests.helpers.bucket.service import BucketService
 from trainer.errors import BucketAwayError, BucketRefusedError, ExitCode, TrainerError, UserError
 from trainer.runtime import lease as module
 from trainer.runtime.bucket_checkpoints import BucketCheckpoints

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.bucket.answers import UNAVAILABLE, forbidden
-from tests.bucket.faults import Fault, refuse
-from tests.bucket.service import BucketService
+from tests.helpers.bucket.answers import UNAVAILABLE, forbidden
+from tests.helpers.bucket.faults import Fault, refuse
+from tests.helpers.bucket.service import BucketService
 from trainer.runtime import files, outbox
 from trainer.runtime.bucket_folder import BucketFolder
 from trainer.runtime.outbox import Outbox

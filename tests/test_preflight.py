@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.bucket.answers import UNAVAILABLE, forbidden, retained
-from tests.bucket.faults import refuse
-from tests.bucket.runs import copy_up, keys, run
-from tests.bucket.service import BucketService
-from tests.pictures import write_pairs
+from tests.helpers.bucket.answers import UNAVAILABLE, forbidden, retained
+from tests.helpers.bucket.faults import refuse
+from tests.helpers.bucket.runs import copy_up, keys
+from tests.helpers.bucket.service import BucketService
+from tests.helpers.images import write_pairs
+from tests.helpers.processes import run_trainer
 from tests.test_cluster import vertex
 from trainer.storage.bucket import parse
 
@@ -29,14 +30,14 @@ def data(bucket: str, sample_folder: Path) -> str:
 @pytest.mark.parametrize("flag", ["--data_dir", "--model_dir", "--config"])
 def test_a_bucket_that_is_not_there_is_named_in_seconds(flag: str, bucket: str) -> None:
     began = time.monotonic()
-    done = run(f"{flag}=gs://no-such-bucket/x")
+    done = run_trainer(f"{flag}=gs://no-such-bucket/x")
     assert done.returncode == 2
     assert told(done) == ["trainer: gs://no-such-bucket: there is no bucket of this name; make it, or mend the name"]
     assert time.monotonic() - began < 5
 
 
 def test_a_data_set_that_is_not_there_is_named(bucket: str) -> None:
-    done = run(f"--data_dir={bucket}/none", f"--model_dir={bucket}/run")
+    done = run_trainer(f"--data_dir={bucket}/none", f"--model_dir={bucket}/run")
     assert done.returncode == 2
     assert told(done) == [f"trainer: {bucket}/none: no such data folder; --data_dir names a prepared data set"]
     assert keys(bucket) == []
@@ -47,7 +48,7 @@ def test_a_missing_permission_on_the_models_place_is_one_line(
     method: str, permission: str, bucket: str, bucket_service: BucketService
 ) -> None:
     bucket_service.faults(refuse(forbidden(f"storage.objects.{permission}"), method))
-    done = run(f"--model_dir={bucket}/run")
+    done = run_trainer(f"--model_dir={bucket}/run")
     assert done.returncode == 2
     (line,) = told(done)
     assert line.startswith(f"trainer: {bucket}/run")
@@ -58,7 +59,7 @@ def test_a_missing_permission_on_the_models_place_is_one_line(
 
 def test_a_bucket_with_a_retention_policy_is_refused(bucket: str, bucket_service: BucketService) -> None:
     bucket_service.faults(refuse(retained(bucket.removeprefix("gs://"), "run/.preflight-1"), "DELETE"))
-    done = run(f"--model_dir={bucket}/run")
+    done = run_trainer(f"--model_dir={bucket}/run")
     assert done.returncode == 2
     assert "needs a bucket without a retention policy" in told(done)[-1]
     assert len(told(done)) == 1
@@ -66,7 +67,7 @@ def test_a_bucket_with_a_retention_policy_is_refused(bucket: str, bucket_service
 
 def test_nothing_is_left_where_it_looked(bucket: str, data: str) -> None:
     before = keys(bucket)
-    done = run(f"--data_dir={data}", f"--model_dir={bucket}/run", "--set=train.batch_size=1000")
+    done = run_trainer(f"--data_dir={data}", f"--model_dir={bucket}/run", "--set=train.batch_size=1000")
     assert done.returncode == 2
     assert "train.batch_size: got 1000" in told(done)[-1]
     assert keys(bucket) == before
@@ -77,14 +78,14 @@ def test_a_damaged_first_record_is_found_before_training(bucket: str, data: str)
     content = bytearray(shard.read_bytes())
     content[100] ^= 1
     shard.write_bytes(bytes(content))
-    done = run(f"--data_dir={data}", f"--model_dir={bucket}/run")
+    done = run_trainer(f"--data_dir={data}", f"--model_dir={bucket}/run")
     assert done.returncode == 2
     assert re.match(rf"trainer: {data}/train-00000-of-00002.tfrecord, record 0: .*checksum", told(done)[-1])
 
 
 def test_a_service_that_is_busy_is_waited_for_and_then_left_with_75(bucket: str, bucket_service: BucketService) -> None:
     bucket_service.faults(refuse(UNAVAILABLE))
-    done = run(f"--model_dir={bucket}/run", "--set=runtime.bucket_patience_seconds=3")
+    done = run_trainer(f"--model_dir={bucket}/run", "--set=runtime.bucket_patience_seconds=3")
     assert done.returncode == 75
     assert "the service answers 503" in told(done)[0]
     assert "tried for 3 s; run this again when the bucket answers" in told(done)[-1]
@@ -94,7 +95,7 @@ def test_a_service_that_is_busy_is_waited_for_and_then_left_with_75(bucket: str,
 def test_credentials_that_are_not_there_are_waited_for_and_explained(bucket: str) -> None:
     """Workload identity may give them some seconds after a pod has begun; on a laptop the line says what to do."""
     began = time.monotonic()
-    done = run(
+    done = run_trainer(
         f"--model_dir={bucket}/run", "--set=runtime.bucket_patience_seconds=3",
         STORAGE_EMULATOR_HOST="", NO_GCE_CHECK="true", GOOGLE_APPLICATION_CREDENTIALS="", CLOUDSDK_CONFIG="/nonexistent",
     )  # fmt: skip
@@ -107,7 +108,7 @@ def test_credentials_that_are_not_there_are_waited_for_and_explained(bucket: str
 @pytest.mark.clock
 def test_a_key_file_that_is_not_there_is_named(bucket: str) -> None:
     """A login would not help: the variable goes before it."""
-    done = run(
+    done = run_trainer(
         f"--model_dir={bucket}/run", "--set=runtime.bucket_patience_seconds=2",
         STORAGE_EMULATOR_HOST="", NO_GCE_CHECK="true", GOOGLE_APPLICATION_CREDENTIALS="/nonexistent/key.json",
     )  # fmt: skip
@@ -119,7 +120,7 @@ def test_a_key_file_that_is_not_there_is_named(bucket: str) -> None:
 def test_a_run_in_the_folder_of_vertex_s_model_is_refused(inside: str, bucket: str, data: str) -> None:
     """The exported model replaces all that is in it: the finished run would be gone."""
     model = f"{bucket}/job/model"
-    done = run(f"--data_dir={data}", f"--model_dir={model}{inside}", AIP_MODEL_DIR=f"{model}/")
+    done = run_trainer(f"--data_dir={data}", f"--model_dir={model}{inside}", AIP_MODEL_DIR=f"{model}/")
     assert done.returncode == 2
     assert told(done) == [
         f"trainer: AIP_MODEL_DIR={model}: the exported model replaces all in it, and {model}{inside} is in it; name another"
@@ -132,11 +133,11 @@ def test_files_of_somebody_in_the_folder_of_vertex_s_model_are_not_replaced(buck
     (model / "saved_model.pb").write_bytes(b"an earlier one")
     (model / "variables" / "variables.index").write_bytes(b"too")
     given = (f"--data_dir={data}", f"--model_dir={bucket}/run", "--dry_run")
-    assert run(*given, AIP_MODEL_DIR=str(model)).returncode == 0
+    assert run_trainer(*given, AIP_MODEL_DIR=str(model)).returncode == 0
     (model / ".preflight-0123").write_bytes(b"of another worker, at this moment, or of a killed one")
-    assert run(*given, AIP_MODEL_DIR=str(model)).returncode == 0
+    assert run_trainer(*given, AIP_MODEL_DIR=str(model)).returncode == 0
     (model / "notes.txt").write_bytes(b"mine")
-    done = run(*given, AIP_MODEL_DIR=str(model))
+    done = run_trainer(*given, AIP_MODEL_DIR=str(model))
     assert done.returncode == 2
     assert told(done)[-1].startswith(f"trainer: AIP_MODEL_DIR={model}: holds notes.txt, which the exported model would replace")
 
@@ -144,34 +145,34 @@ def test_files_of_somebody_in_the_folder_of_vertex_s_model_are_not_replaced(buck
 def test_what_a_killed_try_left_is_no_reason_to_refuse_the_next(bucket: str, tmp_path: Path) -> None:
     write_pairs(tmp_path / "some", 5, "jpeg")
     (parse(f"{bucket}/data") / ".preflight-0123").write_bytes(b"")
-    done = run("prepare", f"--source={tmp_path}/some", f"--output={bucket}/data")
+    done = run_trainer("prepare", f"--source={tmp_path}/some", f"--output={bucket}/data")
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("inside", ["", "/run"])
 def test_the_same_holds_on_a_disk(inside: str, data: str, tmp_path: Path) -> None:
-    done = run(f"--data_dir={data}", f"--model_dir={tmp_path}{inside}", AIP_MODEL_DIR=f"{tmp_path}/")
+    done = run_trainer(f"--data_dir={data}", f"--model_dir={tmp_path}{inside}", AIP_MODEL_DIR=f"{tmp_path}/")
     assert done.returncode == 2
     assert "the exported model replaces all in it" in told(done)[-1]
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_vertex_job_that_would_lose_its_run_is_refused(data: str) -> None:
-    done = run(f"--data_dir={data}", CLUSTER_SPEC=vertex({"workerpool0": ["localhost:2222"]}, "workerpool0")["CLUSTER_SPEC"])
+    done = run_trainer(f"--data_dir={data}", CLUSTER_SPEC=vertex({"workerpool0": ["localhost:2222"]}, "workerpool0")["CLUSTER_SPEC"])
     assert done.returncode == 2
     assert told(done)[-1].startswith("trainer: --model_dir: allowed on Vertex AI: a folder, or a job with baseOutputDirectory")
 
 
 def test_an_account_that_may_only_read_is_named_before_anything_is_measured(bucket: str, bucket_service: BucketService) -> None:
     bucket_service.faults(refuse(forbidden("storage.objects.create"), "POST"))
-    done = run("evaluate", f"--model_dir={bucket}/run")
+    done = run_trainer("evaluate", f"--model_dir={bucket}/run")
     assert done.returncode == 2
     assert "grant it storage.objects.create, which roles/storage.objectAdmin has" in told(done)[-1]
 
 
 def test_a_config_is_read_from_a_bucket(bucket: str) -> None:
     (parse(bucket) / "mine.yaml").write_text("train: {steps: 0}")
-    done = run(f"--config={bucket}/mine.yaml")
+    done = run_trainer(f"--config={bucket}/mine.yaml")
     assert done.returncode == 2
     assert told(done)[0].startswith(f"trainer: {bucket}/mine.yaml: train.steps: got 0")
-    assert told(run(f"--config={bucket}/none.yaml")) == [f"trainer: {bucket}/none.yaml: no such config file"]
+    assert told(run_trainer(f"--config={bucket}/none.yaml")) == [f"trainer: {bucket}/none.yaml: no such config file"]
