@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 LOCK = $(BIN)/uv pip compile -q --upgrade --generate-hashes --python-version 3.11 --python-platform x86_64-manylinux_2_31 \
 	--no-emit-index-url --no-annotate --custom-compile-command "make lock"
 # Two files of tests at a time; what compares times is measured with nothing beside it.
-TWO_AT_ONCE := -n 2 --dist loadfile -m
+TWO_AT_ONCE := -n 2 --dist loadfile --no-loadscope-reorder -m
 QUICK := not slow and not container
 
 .PHONY: help quickstart test test-slow test-tf220 test-all lint format lock drawings clean

@@ -26,7 +26,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 CLOCK_TRIES = 3
 DURATIONS = Path(__file__).parent / "durations.json"
-NEEDS_TENSORFLOW = re.compile(r"tensorflow|keras|trainer\.(data|model|runtime|train)|trainer import (data|model|runtime|train)|helpers\.runs")
+NEEDS_TENSORFLOW = re.compile(
+    r"tensorflow|keras|trainer\.(data|model|runtime|train)|trainer import (data|model|runtime|train)|helpers\.runs"
+)
 
 
 def pytest_pycollect_makemodule(module_path: Path) -> None:

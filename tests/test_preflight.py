@@ -158,7 +158,9 @@ def test_the_same_holds_on_a_disk(inside: str, data: str, tmp_path: Path) -> Non
 
 
 def test_a_vertex_job_that_would_lose_its_run_is_refused(data: str) -> None:
-    done = run_trainer(f"--data_dir={data}", CLUSTER_SPEC=vertex({"workerpool0": ["localhost:2222"]}, "workerpool0")["CLUSTER_SPEC"])
+    done = run_trainer(
+        f"--data_dir={data}", CLUSTER_SPEC=vertex({"workerpool0": ["localhost:2222"]}, "workerpool0")["CLUSTER_SPEC"]
+    )
     assert done.returncode == 2
     assert told(done)[-1].startswith("trainer: --model_dir: allowed on Vertex AI: a folder, or a job with baseOutputDirectory")
 

@@ -51,7 +51,7 @@ from typing import Any, Self
 from tests.helpers.bucket.answers import CONTROL, LOOPBACK
 from tests.helpers.bucket.faults import KINDS, Chance, Fault, Request
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 class BucketService:
