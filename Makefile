@@ -7,11 +7,13 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 BIN    := $(VENV)/bin
 LOCK = $(BIN)/uv pip compile -q --upgrade --generate-hashes --python-version 3.11 --python-platform x86_64-manylinux_2_31 \
 	--no-emit-index-url --no-annotate --custom-compile-command "make lock"
-# Two files of tests at a time; what compares times is measured with nothing beside it.
-TWO_AT_ONCE := -n 2 --dist loadfile --no-loadscope-reorder -m
+# Tiers: see docs/testing.md. Two files of tests run at a time; what compares times runs with nothing beside it.
+PYTEST ?= $(BIN)/python -m pytest
+TWO_AT_ONCE := -n 2 --dist loadfile --no-loadscope-reorder
 QUICK := not slow and not container
+CLOCKED = $(shell grep -rl --include='test_*.py' 'mark\.clock' tests)
 
-.PHONY: help quickstart test test-slow test-tf220 test-all lint format lock drawings clean
+.PHONY: help quickstart test test-slow test-full test-tf220 test-tf220-full mutations lint workflow format lock drawings clean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -34,27 +36,39 @@ $(VENV)/.installed-dev: setup.py | $(BIN)/python
 quickstart: $(VENV)/.installed-cpu ## install, train on the sample for about two minutes, say where the pictures are
 	$(BIN)/trainer --config=configs/sample.yaml --model_dir=runs/sample
 
-test: $(VENV)/.installed-dev ## install, run the tests that fit before every commit
-	$(BIN)/python -m pytest $(TWO_AT_ONCE) '$(QUICK) and not clock'
-	$(BIN)/python -m pytest -m '$(QUICK) and clock'
+test: $(VENV)/.installed-dev ## install, run the tests that fit before every commit: under 4 minutes
+	$(PYTEST) $(TWO_AT_ONCE) -m '$(QUICK) and not clock'
+	$(PYTEST) -m '$(QUICK) and clock' $(CLOCKED)
 
-test-slow: $(VENV)/.installed-dev ## run the tests that take long
-	$(BIN)/python -m pytest $(TWO_AT_ONCE) 'slow and not clock' --durations=10
-	$(BIN)/python -m pytest -m 'slow and clock' -s
+test-slow: $(VENV)/.installed-dev ## run the tests that take longer: real processes, buckets, long stories
+	$(PYTEST) $(TWO_AT_ONCE) -m 'slow and not clock' --durations=10
+	$(PYTEST) -m 'slow and clock' -s $(CLOCKED)
 
-test-tf220: ## run the tests of `make test` on TensorFlow 2.20, which the TPU image has, in .venv-tf220
+test-full: test test-slow ## run every test but the containers': under 25 minutes
+
+test-tf220: .venv-tf220/.installed ## run the tests marked tf220 on TensorFlow 2.20, which the TPU image has
+	.venv-tf220/bin/python -m pytest $(TWO_AT_ONCE) -m 'tf220 and not clock'
+
+test-tf220-full: .venv-tf220/.installed ## run every test on TensorFlow 2.20, before a release
+	.venv-tf220/bin/python -m pytest $(TWO_AT_ONCE) -m 'not container and not clock'
+	.venv-tf220/bin/python -m pytest -m 'clock' $(CLOCKED)
+
+.venv-tf220/.installed: setup.py
 	test -x .venv-tf220/bin/python || $(PYTHON) -m venv .venv-tf220
 	.venv-tf220/bin/python -m pip install -qq --editable '.[cpu,dev]' 'tensorflow-cpu==2.20.*'
-	.venv-tf220/bin/python -m pytest $(TWO_AT_ONCE) '$(QUICK) and not clock'
-	.venv-tf220/bin/python -m pytest -m '$(QUICK) and clock'
+	@touch $@
 
-test-all: test test-slow ## run every test but the containers'
+mutations: $(VENV)/.installed-dev ## make each listed mistake in a copy of the project; say which no test notices
+	$(BIN)/python -m tests.mutations --baseline
 
 lint: $(VENV)/.installed-dev ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/hadolint --failure-threshold warning Dockerfile
 	$(BIN)/mypy
+
+workflow: ## check .github/workflows with actionlint
+	.ci/workflow
 
 format: $(VENV)/.installed-dev ## lay the code out
 	$(BIN)/ruff check --fix .
