@@ -93,3 +93,15 @@ def test_the_line_of_progress_tells_of_the_input(lines: pytest.LogCaptureFixture
 def test_before_anything_is_measured_it_does_not(lines: pytest.LogCaptureFixture) -> None:
     Progress(0, 10, 2).update(10, 0.0, {"l1": 8.0}, Fed())
     assert [record.message for record in lines.records] == ["step 10/10  L1 8"]
+
+
+def test_meter_leaves_the_compiling_block_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 30.0, 30.0, 31.0, 31.0, 32.0])
+    monkeypatch.setattr(meter.time, "perf_counter", lambda: next(clock))
+    measured = Meter(batch_size=4)
+    assert measured.steps_per_block() == 1
+    for steps in (1, 10, 10):
+        measured.start()
+        measured.stop(steps)
+    assert measured.images_per_second == pytest.approx(40.0)
+    assert measured.steps_per_block() == 20
