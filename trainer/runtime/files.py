@@ -37,6 +37,17 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def naming(path: Place) -> Iterator[None]:
+    """Let an error of the system say which file it is about: one that comes while bytes are written, as of a full disk, does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def write_speed(folder: Place) -> float:
     """MB/s (10^6 bytes) at which the disk below a folder, or below where it would be, or the bucket takes a file of 64 MiB.
 
@@ -111,10 +122,11 @@ def replacing(path: Place) -> Iterator[Path]:
         return
     temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(6)}")
     try:
-        yield temporary
-        sync(temporary)
-        temporary.replace(path)
-        sync(path.parent)
+        with naming(path):
+            yield temporary
+            sync(temporary)
+            temporary.replace(path)
+            sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -151,6 +163,8 @@ def replacing_folder(path: Place, key_file: str = "") -> Iterator[Path]:
     try:
         temporary.mkdir()
         yield temporary
+        for written in temporary.rglob("*"):
+            sync(written)
         if path.exists():
             shutil.rmtree(path)
         temporary.replace(path)

@@ -102,8 +102,10 @@ class RunFolder:
         return self
 
     def _sweep(self) -> None:
-        """Remove what a killed process left half-written."""
-        files.sweep(self.here)
+        """Remove what a killed process left half-written, also where a link or a scheduler put a part of the run elsewhere."""
+        for place in (self.here, self.samples, self.checkpoints, self.summaries):
+            assert isinstance(place, Path)
+            files.sweep(place)
         for folder in self.here.glob(".making-*"):
             shutil.rmtree(folder)
 
@@ -200,7 +202,7 @@ class RunFolder:
 
     def add_metrics(self, entry: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl, synced to disk."""
-        with (self.here / self.metrics_file.name).open("a", encoding="utf-8") as file:
+        with files.naming(self.metrics_file), (self.here / self.metrics_file.name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
             file.flush()
             os.fsync(file.fileno())
