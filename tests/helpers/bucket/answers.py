@@ -10,7 +10,20 @@ CONTROL = "/_control/"
 Json = dict[str, Any]
 Content = bytes | bytearray | memoryview
 Action = Literal[
-    "", "status", "reset", "close", "stall", "truncate", "lost_reply", "corrupt", "short", "cut_upload", "delay", "away"
+    "",
+    "status",
+    "reset",
+    "close",
+    "stall",
+    "truncate",
+    "lost_reply",
+    "corrupt",
+    "short",
+    "cut_upload",
+    "delay",
+    "away",
+    "hold",
+    "hold_reply",
 ]
 
 

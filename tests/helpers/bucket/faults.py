@@ -1,18 +1,20 @@
-"""Faults to order, by rule or by lot, and the log of what arrived."""
+"""Faults to order, by rule or by lot, requests to hold, and the log of what arrived."""
 
 import email
 import email.message
+import hashlib
 import json
-import random
 import re
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, get_args
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-from tests.helpers.bucket.answers import Action, Content, Json
+from tests.helpers.bucket.accounts import Tokens
+from tests.helpers.bucket.answers import PAGE, Action, Content, Json
 
 
 @dataclass
@@ -21,6 +23,10 @@ class Fault:
 
     The path of an upload always ends in or contains `name=OBJECT`, that of its later parts too.  After `skip` requests
     that fit, `times` of them (None: all) meet the fault; the first of several rules that fit is the one that counts.
+
+    `hold` keeps a request before anything of it is done, or after so many `bytes` of its body have come; `hold_reply` keeps the
+    answer to what was done. `BucketService.held` counts those that are kept, `release` lets them go: who waits for the answer
+    gets it, and of a request whose sender is dead nothing more is done.
     """
 
     action: Action
@@ -97,6 +103,14 @@ class Call:
         return unquote(self.path) + (f"{joint}name={self.name}" if self.name else "")
 
     @property
+    def subject(self) -> str:
+        """What is asked for, without what differs from run to run: the bucket, sessions, and parts of names made by lot."""
+        route = unquote(re.sub(r"/b/[^/]+", "", self.route))
+        named = [self.parameters.get(key, "") for key in ("name", "prefix", "alt", "uploadType", "pageToken")]
+        parts = [self.method, route, self.name, *named, self.headers["Range"] or "", self.headers["Content-Range"] or ""]
+        return re.sub(r"tfevents\S*|[0-9a-f]{10,}", "*", " ".join(parts))
+
+    @property
     def media(self) -> bool:
         return self.method == "GET" and self.parameters.get("alt") == "media"
 
@@ -122,7 +136,10 @@ KINDS = ("503", "429", "reset", "stall", "truncate", "lost_reply")
 
 @dataclass
 class Chance:
-    """Faults by lot: the same ones for the same seed and the same sequence of requests."""
+    """Faults by lot: a function of the seed, of what is asked for, and of how often it was asked for before.
+
+    Which request fails does not depend on what other threads ask for meanwhile, nor on names that are made by lot.
+    """
 
     share: float
     seed: int
@@ -133,11 +150,14 @@ class Chance:
         unknown = {kind for kind in self.kinds if not kind.isdigit()} - set(get_args(Action))
         if unknown:
             raise ValueError(f"unknown kinds of faults: {sorted(unknown)}")
-        self.generator = random.Random(self.seed)
+        self.tries: Counter[str] = Counter()
 
     def draw(self, call: Call) -> Fault | None:
-        """Draws twice for every request, whatever comes of it, so that the next one does not depend on this one."""
-        luck, choice = self.generator.random(), self.generator.random()
+        """The fault of the next try of a request, None if it has luck."""
+        self.tries[call.subject] += 1
+        text = f"{self.seed} {call.subject} {self.tries[call.subject]}"
+        digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+        luck, choice = (int.from_bytes(half) / 2**64 for half in (digest[:8], digest[8:]))
         kinds = [kind for kind in self.kinds if self.fits(kind, call)]
         if luck >= self.share or not kinds:
             return None
@@ -159,18 +179,22 @@ class State:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.released = threading.Event()
+        self.released, self.gate = threading.Event(), threading.Event()
+        self.holding = 0
         self.log: list[Request] = []
         self.clear()
 
     def clear(self) -> None:
         """No faults, no throttle, an empty log; whoever is being stalled is let go."""
         self.released.set()
+        self.release()
         with self.lock:
             self.released = threading.Event()
             self.rules: list[Fault] = []
             self.chance: Chance | None = None
             self.latency, self.rate, self.gone = 0.0, 0.0, False
+            self.ahead, self.page = 0.0, PAGE
+            self.tokens: Tokens | None = None
             self.log.clear()
 
     def faults(self, rules: list[Json]) -> None:
@@ -184,6 +208,31 @@ class State:
 
     def throttle(self, latency: float, rate: float) -> None:
         self.latency, self.rate = latency, rate
+
+    def clock(self, ahead: float) -> None:
+        self.ahead = ahead
+
+    def limit_pages(self, entries: int) -> None:
+        self.page = entries
+
+    def guard(self, lifetime: float) -> None:
+        self.tokens = Tokens(lifetime)
+
+    def held(self) -> int:
+        return self.holding
+
+    def release(self) -> None:
+        self.gate.set()
+        self.gate = threading.Event()
+
+    def keep(self) -> None:
+        """Hold the request of this thread until it is released."""
+        with self.lock:
+            self.holding += 1
+            gate = self.gate
+        gate.wait()
+        with self.lock:
+            self.holding -= 1
 
     def requests(self) -> list[Json]:
         with self.lock:

@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import re
+import select
 import signal
 import socket
 import socketserver
@@ -18,7 +19,8 @@ from http.server import BaseHTTPRequestHandler
 from types import FrameType
 from typing import Any
 
-from tests.helpers.bucket.answers import CONTROL, LOOPBACK, QUANTUM, Content, error
+from tests.helpers.bucket.accounts import is_for_accounts
+from tests.helpers.bucket.answers import CONTROL, LOOPBACK, QUANTUM, UNAUTHORIZED, Content, error
 from tests.helpers.bucket.faults import Call, Fault, Request, State
 from tests.helpers.bucket.store import Answer, Backend, Store, answer_error, answer_json, status_answer
 
@@ -44,6 +46,7 @@ class Proxy(socketserver.ThreadingTCPServer):
         self.store = store = Store(backend, self.state)
         methods: list[Callable[..., Any]] = [store.make, store.forget, self.state.faults, self.state.random_faults]
         methods += [self.state.away, self.state.throttle, self.state.requests, self.state.count, self.state.clear]
+        methods += [self.state.held, self.state.release, self.state.clock, self.state.limit_pages, self.state.guard]
         self.commands = {method.__name__: method for method in methods}
 
     def shutdown_request(self, request: Any) -> None:
@@ -116,22 +119,43 @@ class Handler(BaseHTTPRequestHandler):
         action, state = self.fault.action, self.server.state
         if action in ("reset", "away"):
             raise HangUpError
+        if action == "hold" and self.fault.bytes is None:
+            self.keep()
         if action == "delay" or (action == "stall" and self.fault.bytes is None):
             state.hold(self.fault.seconds)
         if action == "stall" and self.fault.bytes is None:
             raise HangUpError
 
+    def keep(self) -> None:
+        """Hold what is being done until the test lets it go; its sender may have died meanwhile."""
+        self.server.state.keep()
+        left = select.poll()
+        left.register(self.connection, select.POLLRDHUP)
+        if left.poll(0):
+            raise HangUpError
+
     def receive(self, call: Call, head: bytes) -> None:
         """Reads the body; one that is cut off is left to the store, which may keep a part, and the connection ends."""
-        limit = self.fault.position(self.length) if self.fault.action == "cut_upload" else self.length
+        cuts = self.fault.action == "cut_upload" or (self.fault.action == "hold" and self.fault.bytes is not None)
+        limit = self.fault.position(self.length) if cuts else self.length
         call.body = bytearray(limit)
         call.body[: len(head)] = head[:limit]
         count = self.fill(call.body, min(len(head), limit))
+        if cuts and self.fault.action == "hold":
+            count = self.receive_rest(call, count)
         self.entry.received = count
         if count < self.length:
             del call.body[count:]
             self.server.store.keep_part(call)
             raise HangUpError
+
+    def receive_rest(self, call: Call, count: int) -> int:
+        """After a pause in the middle of a body: the rest of it, if its sender is still there."""
+        with contextlib.suppress(HangUpError):
+            self.keep()
+            call.body += bytes(self.length - len(call.body))
+            count = self.fill(call.body, count)
+        return count
 
     def fill(self, body: bytearray, count: int) -> int:
         """Reads into `body` from `count` on; how far it came."""
@@ -152,14 +176,23 @@ class Handler(BaseHTTPRequestHandler):
             return status_answer(self.fault)
         if "chunked" in (self.headers["Transfer-Encoding"] or ""):
             return answer_error(error(411, "POST requests require a Content-length header."))
+        if not self.is_allowed(call):
+            return answer_error(UNAUTHORIZED)
         call.spoil = self.fault if self.fault.action == "corrupt" and call.upload else None
         return self.server.store.answer(call)
+
+    def is_allowed(self, call: Call) -> bool:
+        """Whether a request bears a token that is valid; where none are asked for, it needs none."""
+        tokens = self.server.state.tokens
+        return tokens is None or is_for_accounts(call.route) or tokens.knows(self.headers["Authorization"])
 
     def send(self, answer: Answer, rate: float) -> None:
         """Sends an answer, or as much of it as its fault lets through."""
         fault, length = self.fault, answer.length
         if fault.action == "lost_reply":
             self.discard(answer)
+        if fault.action == "hold_reply":
+            self.keep()
         if fault.action == "short":
             length = fault.position(length)
         self.send_head(answer, length)

@@ -1,4 +1,7 @@
-"""A process that saves checkpoints to a bucket without end, to be killed: python -m tests.helpers.bucket.saver gs://BUCKET/run BYTES"""
+"""A process that saves checkpoints to a bucket without end, to be killed.
+
+python -m tests.helpers.bucket.saver gs://BUCKET/run BYTES
+"""
 
 import sys
 

@@ -3,7 +3,8 @@
     client --http--> proxy (its own process: in the process of the test both would wait for one lock) --> fake-gcs-server
 
 Both children end with the process that started them, even if that is killed.  Only the JSON API, only plain http, only
-one version of an object.  `BucketService` runs them; `python -m tests.helpers.bucket.service -- COMMAND` runs a command with them.
+one version of an object.  `BucketService` runs them; `python -m tests.helpers.bucket.service -- COMMAND` runs a command
+with them.
 
 What fake-gcs-server 1.x does otherwise than the real service, and the proxy mends:
 
@@ -13,7 +14,8 @@ What fake-gcs-server 1.x does otherwise than the real service, and the proxy men
   a cut part leaves whole multiples of 256 KiB, a finished session repeats its answer, a cancelled one answers 499.
 - A crc32c or md5Hash that came with an upload is compared, 400 if it differs.
 - Lists: pages of at most 1000, objects and prefixes counted together and in one order (fake-gcs-server gives all prefixes
-  on the first page, and loses the rest of the pages).  matchGlob, versions and softDeleted, which it ignores, answer 501.
+  on the first page, and loses the rest of the pages), and of each object only what `fields` asks for.  matchGlob, versions
+  and softDeleted, which it ignores, answer 501.
 - Batch requests without the Content-ID that it insists on, and with preconditions.
 - mediaLink carries the generation, so that a client reads the object it looked at or gets 404, never a later one.
 - delete answers 204 and heeds `generation`; an update answers with the whole resource.
@@ -117,12 +119,39 @@ class BucketService:
         self.command("faults", rules=[asdict(rule) for rule in rules])
 
     def random_faults(self, share: float, seed: int, kinds: Sequence[str] = KINDS, stall_seconds: float = 5.0) -> None:
-        """This share of all requests meets a fault, drawn from `kinds`: statuses as digits, or actions of a `Fault`."""
+        """This share of all requests meets a fault, drawn from `kinds`: statuses as digits, or actions of a `Fault`.
+
+        Which ones is decided by seed, object and number of the try, not by when they come.
+        """
         self.command("random_faults", **asdict(Chance(share, seed, list(kinds), stall_seconds)))
 
     def away(self, gone: bool = True) -> None:
         """Ends every connection, running transfers too, until it is told `False`."""
         self.command("away", gone=gone)
+
+    def held(self) -> int:
+        """How many requests are held at this moment, by a `hold` or a `hold_reply`."""
+        number: int = self.command("held")
+        return number
+
+    def release(self) -> None:
+        """Lets the requests go that are held."""
+        self.command("release")
+
+    def clock(self, ahead: float) -> None:
+        """Seconds by which the service's clock is ahead of this machine's."""
+        self.command("clock", ahead=ahead)
+
+    def limit_pages(self, entries: int) -> None:
+        """Lists of at most so many entries a page, where the real service has 1000."""
+        self.command("limit_pages", entries=entries)
+
+    def guard(self, lifetime: float = 3600.0) -> None:
+        """Answers 401 from now on to who has no token; earlier tokens are worth nothing, new ones live so many seconds.
+
+        `accounts.environment` leads a process to where they are issued.
+        """
+        self.command("guard", lifetime=lifetime)
 
     def throttle(self, latency: float = 0.0, bytes_per_second: float = 0.0) -> None:
         """Seconds that every request waits, and bytes a second that a connection moves; 0: unhindered."""
@@ -138,7 +167,7 @@ class BucketService:
         return number
 
     def clear(self) -> None:
-        """Forgets rules, lots, throttle, absence and log; objects stay."""
+        """Forgets rules, lots, throttle, absence, clock, tokens and log, and lets go what is held; objects stay."""
         self.command("clear")
 
 

@@ -12,15 +12,16 @@ import uuid
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from typing import Any
 from urllib.parse import quote, unquote, urlencode
 
+from tests.helpers.bucket import accounts
 from tests.helpers.bucket.answers import (
     BUCKET_NOT_EMPTY,
     CONDITION_NOT_MET,
     LOOPBACK,
     NO_BUCKET,
-    PAGE,
     QUANTUM,
     TYPICAL,
     Content,
@@ -205,6 +206,17 @@ class Session:
         return Answer(308, headers={"Range": f"bytes=0-{len(self.content) - 1}"} if self.content else {})
 
 
+def only(found: Json, fields: str) -> Json:
+    """The parts of a list that `fields` names, as in `items(name,size),nextPageToken`; all if it is empty."""
+    if not fields:
+        return found
+    inside = re.search(r"items\(([^)]*)\)", fields)
+    kept = {key: value for key, value in found.items() if key in re.split(r"[(),/]", fields)}
+    if inside and "items" in kept:
+        kept["items"] = [chosen(item, *inside[1].split(",")) for item in kept["items"]]
+    return kept
+
+
 def content_range(call: Call) -> tuple[int, int | None]:
     """Where a part of a resumable upload begins, and how long the whole is if that is known."""
     header = call.headers["Content-Range"]
@@ -226,6 +238,8 @@ class Store:
 
     ROUTES = (
         ("POST", r"/batch(?:/.*)?", "batch"),
+        ("POST", accounts.TOKEN, "issue"),
+        ("GET", rf"{accounts.METADATA}(.*)", "metadata"),
         ("POST", r"/upload/storage/v1/b/([^/]+)/o", "upload"),
         ("PUT", r"/upload/storage/v1/b/([^/]+)/o", "continue_upload"),
         ("DELETE", r"/upload/storage/v1/b/([^/]+)/o", "cancel_upload"),
@@ -257,10 +271,19 @@ class Store:
     def polished(self, resource: Json, call: Call) -> Json:
         bucket, name, generation = resource["bucket"], resource["name"], resource["generation"]
         origin, path = f"http://{call.headers['Host'] or LOOPBACK}", object_path(bucket, name)
-        return resource | {
+        return self.timed(resource) | {
             "id": f"{bucket}/{name}/{generation}",
             "selfLink": origin + path,
             "mediaLink": f"{origin}/download{path}?generation={generation}&alt=media",
+        }
+
+    def timed(self, resource: Json) -> Json:
+        """The resource by the service's clock."""
+        moments = {key: resource[key] for key in ("updated", "timeCreated") if key in resource and self.state.ahead}
+        ahead = timedelta(seconds=self.state.ahead)
+        return resource | {
+            key: f"{(datetime.fromisoformat(moment) + ahead).replace(tzinfo=None).isoformat()}Z"
+            for key, moment in moments.items()
         }
 
     def described(self, answer: Answer, call: Call, bucket: str, name: str) -> Answer:
@@ -311,13 +334,14 @@ class Store:
             demand(call.parameters[key] == "false", error(501, f"{key} is not supported by this stand-in"))
         after = base64.urlsafe_b64decode(call.parameters.get("pageToken", "")).decode()
         entries = self.entries(call.parameters, bucket, after)
-        size = min(int(call.parameters.get("maxResults", PAGE)), PAGE)
+        size = min(int(call.parameters.get("maxResults", self.state.page)), self.state.page)
         page, more = entries[:size], len(entries) > size
         items = [self.polished(resource, call) for _, resource in page if resource]
         prefixes = [name for name, resource in page if not resource]
         token = base64.urlsafe_b64encode(page[-1][0].encode()).decode() if more else ""
         found = {"items": items, "prefixes": prefixes, "nextPageToken": token}
-        return answer_json({"kind": "storage#objects"} | {key: value for key, value in found.items() if value})
+        wanted = only(found, call.parameters.get("fields", ""))
+        return answer_json({"kind": "storage#objects"} | {key: value for key, value in wanted.items() if value})
 
     def entries(self, parameters: dict[str, str], bucket: str, after: str) -> list[tuple[str, Json | None]]:
         """What comes after `after`: objects with their resource, prefixes without one, in order."""
@@ -454,6 +478,21 @@ class Store:
         demand(answer.status != 404, NO_BUCKET)
         demand(answer.status != 412, BUCKET_NOT_EMPTY)
         return Answer(204) if answer.status == 200 else answer
+
+    # Accounts.
+
+    def issue(self, call: Call) -> Answer:
+        tokens = self.state.tokens
+        demand(tokens is not None, error(404, "no accounts here: order `guard` first", "notFound"))
+        assert tokens is not None
+        return answer_json(tokens.issue())
+
+    def metadata(self, call: Call, path: str) -> Answer:
+        found = accounts.metadata(path, self.state.tokens)
+        demand(found is not None, error(404, "no such metadata", "notFound"))
+        kind = "text/plain" if isinstance(found, str) else "application/json"
+        text = found if isinstance(found, str) else json.dumps(found)
+        return Answer(200, text.encode(), {"Content-Type": kind, "Metadata-Flavor": "Google"})
 
     # Batches.
 
