@@ -20,7 +20,7 @@ from trainer.errors import ExitCode
 
 STOPS = (signal.SIGTERM, signal.SIGINT)
 _LOADED = signal.SIGURG  # tells the thread that waits for signals that there is nothing more to wait for
-_NOISE = (b"All log messages before absl::InitializeLog()", b"oneDNN custom operations are on")
+NOISE = (b"All log messages before absl::InitializeLog()", b"oneDNN custom operations are on")
 _METADATA_SERVER = ("metadata.google.internal", 80)
 _METADATA_SECONDS = 3.0  # it is next door, and answers in milliseconds where there is one
 
@@ -74,7 +74,7 @@ def _filtered_stderr() -> Iterator[int]:
             os.dup2(kept, 2)
             os.close(kept)
             held.seek(0)
-            lines = [line for line in held if not any(noise in line for noise in _NOISE)]
+            lines = [line for line in held if not any(noise in line for noise in NOISE)]
             os.write(2, b"".join(lines))
 
 

@@ -1,8 +1,11 @@
 """The inner loop, on the devices: batches dealt to replicas, and a block of steps as one graph."""
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 
+import numpy as np
 import tensorflow as tf
+from tensorflow.python.framework import config as framework
 
 from trainer.config import Config
 from trainer.data.pipeline import PairData
@@ -61,8 +64,17 @@ def deal(strategy: tf.distribute.Strategy, data: PairData, config: Config, first
     return iter(strategy.distribute_datasets_from_function(of_worker))
 
 
+def _now_in_python() -> np.uint32:
+    return np.uint32(int(time.time() * TICKS) % WRAP)
+
+
 def now() -> tf.Tensor:
-    """The time of day in ticks of 10 microseconds, modulo 2^32: a uint32 scalar, which every kind of device can hold."""
+    """The time of day in ticks of 10 microseconds, modulo 2^32: a uint32 scalar, which every kind of device can hold.
+
+    Under runtime.deterministic TensorFlow refuses its own clock.
+    """
+    if framework.is_op_determinism_enabled():
+        return tf.ensure_shape(tf.numpy_function(_now_in_python, [], tf.uint32), [])
     return tf.cast(tf.cast(tf.timestamp() * TICKS, tf.int64) % WRAP, tf.uint32)
 
 
