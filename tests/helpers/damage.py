@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from trainer.data.records import frame
+from trainer.data.records import frame, read_manifest
+from trainer.storage.places import Place
 
 
 class Damaged(NamedTuple):
@@ -30,6 +31,28 @@ def flip_bits(content: bytes, random: Random, count: int = 1) -> bytes:
     for _ in range(count):
         spoilt[random.randrange(len(spoilt))] ^= 1 << random.randrange(8)
     return bytes(spoilt)
+
+
+def flip_in_record(folder: Place, split: str, number: int) -> str:
+    """Flip a bit in the middle of one record of a prepared set, here or in a bucket, and change nothing else.
+
+    Args:
+        folder: of the prepared set; it must be the test's own.
+        split: the record's split.
+        number: of the record in its split, counted over all shards from 0.
+
+    Returns:
+        What an error calls it: `FOLDER/SHARD, record 7`, counted in its shard.
+    """
+    for shard in read_manifest(folder).splits[split]:
+        if number < shard.examples:
+            break
+        number -= shard.examples
+    start, end = [*shard.offsets, shard.bytes][number : number + 2]
+    content = bytearray((folder / shard.file).read_bytes())
+    content[(start + end) // 2] ^= 4
+    (folder / shard.file).write_bytes(bytes(content))
+    return f"{folder / shard.file}, record {number}"
 
 
 def _flipped_frame(record: bytes, random: Random) -> bytes:

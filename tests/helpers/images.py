@@ -3,11 +3,11 @@
 import io
 from pathlib import Path
 
+import imagecodecs
 import numpy as np
 import tifffile
 from PIL import Image
 
-from trainer.data.images import encode_png
 from trainer.data.sample import SAMPLE_FOLDER
 
 SAMPLE_FILES = sorted((SAMPLE_FOLDER / "test").glob("*.jpg")) + sorted((SAMPLE_FOLDER / "train").glob("*.jpg"))
@@ -37,7 +37,7 @@ def encode(pixels: np.ndarray, kind: str, **settings: object) -> bytes:
     """The bytes of a picture file: png, jpeg, webp, bmp or tiff."""
     if pixels.dtype == np.uint16:
         if kind == "png":
-            return encode_png(pixels)
+            return bytes(imagecodecs.png_encode(pixels))
         buffer = io.BytesIO()
         tifffile.imwrite(buffer, pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels, **settings)
         return buffer.getvalue()
