@@ -27,7 +27,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 CLOCK_TRIES = 3
 DURATIONS = Path(__file__).parent / "durations.json"
 NEEDS_TENSORFLOW = re.compile(
-    r"tensorflow|keras|trainer\.(data|model|runtime|train)|trainer import (data|model|runtime|train)|helpers\.runs"
+    r"tensorflow|keras|trainer\.(data|model|runtime|train)|trainer import (data|model|runtime|train)|helpers\.(runs|damage)"
 )
 
 

@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from PIL import Image
-from scipy.ndimage import correlate1d, uniform_filter
 
+from tests.helpers.damage import flip_in_record
 from tests.helpers.images import photo
 from tests.helpers.processes import run_trainer
+from tests.helpers.scores import ms_ssim
 from trainer.check import check
 from trainer.data import records
 from trainer.errors import DataError
-from trainer.evaluate import evaluate, summarise, table
+from trainer.evaluate import Summary, evaluate, summarise, table
 from trainer.train.evaluate import score
 from trainer.trained import TrainedRun, open_run
 
@@ -34,31 +35,11 @@ def test_one_image_has_an_interval_of_no_width() -> None:
     assert (summary.low, summary.mean, summary.high) == (3.0, 3.0, 3.0)
 
 
-def reference_ms_ssim(a: np.ndarray, b: np.ndarray) -> float:
-    """Wang, Simoncelli and Bovik 2003 in NumPy: five scales halved by 2x2 means, exponents of the paper, one channel."""
-    x = np.arange(-5, 6)
-    window = np.exp(-(x**2) / (2 * 1.5**2))
-    window /= window.sum()
-    c1, c2, factors = (0.01 * 255) ** 2, (0.03 * 255) ** 2, []
-
-    def blur(image: np.ndarray) -> np.ndarray:
-        return correlate1d(correlate1d(image, window, 0), window, 1)[5:-5, 5:-5]
-
-    for scale in range(5):
-        ma, mb = blur(a), blur(b)
-        va, vb, cov = blur(a * a) - ma**2, blur(b * b) - mb**2, blur(a * b) - ma * mb
-        contrast = (2 * cov + c2) / (va + vb + c2)
-        luminance = (2 * ma * mb + c1) / (ma**2 + mb**2 + c1)
-        factors.append((contrast if scale < 4 else contrast * luminance).mean())
-        a, b = (uniform_filter(image, 2, origin=-1)[::2, ::2] for image in (a, b))
-    return float(np.prod(np.maximum(factors, 0) ** np.array([0.0448, 0.2856, 0.3001, 0.2363, 0.1333])))
-
-
 def test_ms_ssim_is_the_published_formula() -> None:
     a, b = photo(0, 256, 256)[..., :1].astype(float), photo(0, 256, 256)[..., :1].astype(float)
     b = np.clip(b + np.random.default_rng(0).normal(0, 20, b.shape), 0, 255)
     ours = float(score(tf.constant(a[None]), tf.constant(b[None]), multiscale=True)["ms_ssim"][0])
-    assert ours == pytest.approx(reference_ms_ssim(a[..., 0], b[..., 0]), abs=1e-3)
+    assert ours == pytest.approx(ms_ssim(a, b), abs=1e-4)
 
 
 def test_ms_ssim_is_left_out_where_the_image_is_too_small() -> None:
@@ -113,9 +94,28 @@ def test_missing_split_is_named(trained_run: TrainedRun, tmp_path: Path) -> None
         evaluate(trained_run, str(tmp_path), "test")
 
 
-def test_table_has_a_row_for_each_score() -> None:
-    lines = table({"l1": summarise(np.array([1.0, 2.0])), "ms_ssim": summarise(np.array([0.5]))}).splitlines()
-    assert [line.split("  ")[0] for line in lines[1:]] == ["L1 (of 255)", "MS-SSIM"]
+def test_table_has_a_row_for_each_score_and_a_column_for_each_number() -> None:
+    lines = table({"l1": Summary(1.5, 1.25, 1.75, 9.0), "ms_ssim": Summary(0.5, 0.25, 0.75, 0.625)}).splitlines()
+    assert [" ".join(line.split()) for line in lines] == [
+        "mean 95 % interval median",
+        "L1 (of 255) 1.5000 1.2500 to 1.7500 9.0000",
+        "MS-SSIM 0.5000 0.2500 to 0.7500 0.6250",
+    ]
+    assert {len(line) for line in lines} == {len(lines[0])}, "columns that stand below their names"
+
+
+def test_data_of_another_kind_are_refused(trained_run: TrainedRun, tmp_path: Path) -> None:
+    """Their pictures would go through the network, and their scores would mean nothing: photographs said to be label maps."""
+    manifest = records.read_manifest(trained_run.folder.sample_data)
+    for path in trained_run.folder.sample_data.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / records.MANIFEST).unlink()
+    records.write_manifest(tmp_path, manifest.model_copy(update={"target": manifest.input}))
+    with pytest.raises(
+        DataError, match=r"its pictures differ from those that the run was trained on \(channels, bits, label maps\)"
+    ):
+        evaluate(trained_run, str(tmp_path), "val")
+    assert not list(trained_run.folder.path.glob("evaluation/val-*-paper*"))
 
 
 def test_check_counts_and_draws_a_contact_sheet(sample_folder: Path, tmp_path: Path) -> None:
@@ -132,9 +132,7 @@ def test_check_ends_with_2_and_names_what_is_bad(sample_folder: Path, tmp_path: 
         (tmp_path / path.name).write_bytes(path.read_bytes())
     assert run_trainer("check", f"--data_dir={tmp_path}").returncode == 0
     shard = tmp_path / "test-00000-of-00001.tfrecord"
-    content = bytearray(shard.read_bytes())
-    content[700] ^= 8
-    shard.write_bytes(content)
+    flip_in_record(tmp_path, "test", 0)
     (tmp_path / "val-00000-of-00001.tfrecord").unlink()
     done = run_trainer("check", f"--data_dir={tmp_path}")
     assert done.returncode == 2

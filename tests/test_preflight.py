@@ -10,6 +10,7 @@ from tests.helpers.bucket.answers import UNAVAILABLE, forbidden, retained
 from tests.helpers.bucket.faults import refuse
 from tests.helpers.bucket.runs import copy_up, keys
 from tests.helpers.bucket.service import BucketService
+from tests.helpers.damage import flip_in_record
 from tests.helpers.images import write_pairs
 from tests.helpers.processes import run_trainer
 from tests.test_cluster import vertex
@@ -74,13 +75,10 @@ def test_nothing_is_left_where_it_looked(bucket: str, data: str) -> None:
 
 
 def test_a_damaged_first_record_is_found_before_training(bucket: str, data: str) -> None:
-    shard = parse(data) / "train-00000-of-00002.tfrecord"
-    content = bytearray(shard.read_bytes())
-    content[100] ^= 1
-    shard.write_bytes(bytes(content))
+    damaged = flip_in_record(parse(data), "train", 0)
     done = run_trainer(f"--data_dir={data}", f"--model_dir={bucket}/run")
     assert done.returncode == 2
-    assert re.match(rf"trainer: {data}/train-00000-of-00002.tfrecord, record 0: .*checksum", told(done)[-1])
+    assert re.match(rf"trainer: {damaged}: .*checksum", told(done)[-1])
 
 
 def test_a_service_that_is_busy_is_waited_for_and_then_left_with_75(bucket: str, bucket_service: BucketService) -> None:

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.damage import flip_in_record
 from tests.helpers.processes import run_trainer, start_trainer
 from tests.helpers.settings import SMALL
 from trainer import relay
-from trainer.data import records
 from trainer.relay import entries
 from trainer.runtime.logs import Where, entry
 
@@ -53,14 +53,11 @@ def test_a_mistake_is_the_last_object(tmp_path: Path) -> None:
 
 def test_the_last_object_names_a_damaged_record_and_what_to_do(sample_folder: Path, tmp_path: Path) -> None:
     data = Path(shutil.copytree(sample_folder, tmp_path / "data"))
-    shard = records.read_manifest(data).splits["train"][0]
-    content = bytearray((data / shard.file).read_bytes())
-    content[shard.offsets[3] + 900] ^= 4
-    (data / shard.file).write_bytes(content)
+    damaged = flip_in_record(data, "train", 3)
     done = run_trainer(*flags(tmp_path / "run", "train.steps=40"), f"--data_dir={data}")
     assert (done.returncode, done.stderr) == (2, "")
     last = objects(done.stdout)[-1]
-    what = f"{data / shard.file}, record 3: the record's checksum does not match its bytes"
+    what = f"{damaged}: the record's checksum does not match its bytes"
     assert last["severity"] == "ERROR"
     assert last["message"] == f"trainer: {what}; copy the shard again, or prepare the data again"
 

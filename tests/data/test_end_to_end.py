@@ -1,4 +1,4 @@
-"""Picture files -> `prepare` -> batches, against the same files in NumPy: every layout, depth, number of channels and direction."""
+"""Picture files -> `prepare` -> batches, against the same files in NumPy: each layout, depth and direction."""
 
 import io
 from collections.abc import Callable
@@ -26,6 +26,7 @@ STEPS = range(3, 9)  # of two batches an epoch, so that they begin in an epoch a
 FILTERED, COPIED = 1e-5, 2.5e-7
 
 Kind = tuple[int, int, str]  # channels, bits, format
+Draw = Callable[[Image.Image], bytes]
 
 
 class Case(NamedTuple):
@@ -130,7 +131,14 @@ def saved(image: Image.Image, kind: str) -> bytes:
     return buffer.getvalue()
 
 
-COLOUR = {
+def with_hole(image: Image.Image) -> bytes:
+    """A palette picture whose most frequent colour is transparent."""
+    indexed, buffer = image.quantize(16), io.BytesIO()
+    indexed.save(buffer, format="PNG", transparency=int(np.bincount(np.asarray(indexed).ravel()).argmax()))
+    return buffer.getvalue()
+
+
+COLOUR: dict[str, Draw] = {
     "grey.png": lambda image: saved(image.convert("L"), "PNG"),
     "one bit.png": lambda image: saved(image.convert("1"), "PNG"),
     "palette.png": lambda image: saved(image.convert("P"), "PNG"),
@@ -139,25 +147,16 @@ COLOUR = {
     "ink.tif": lambda image: saved(image.convert("CMYK"), "TIFF"),
     "colour.webp": lambda image: encode(np.asarray(image), "webp", lossless=True),
 }
-ALPHA = {
+ALPHA: dict[str, Draw] = {
     "grey and alpha.png": lambda image: saved(Image.merge("LA", [image.convert("L"), image.getchannel(1)]), "PNG"),
-    "palette with a hole.png": lambda image: with_hole(image),
+    "palette with a hole.png": with_hole,
     "colour and alpha.png": lambda image: saved(Image.merge("RGBA", [*image.split(), image.getchannel(2)]), "PNG"),
     "colour and alpha.tif": lambda image: saved(Image.merge("RGBA", [*image.split(), image.getchannel(0)]), "TIFF"),
 }
 
 
-def with_hole(image: Image.Image) -> bytes:
-    """A palette picture whose most frequent colour is transparent."""
-    indexed, buffer = image.quantize(16), io.BytesIO()
-    indexed.save(buffer, format="PNG", transparency=int(np.bincount(np.asarray(indexed).ravel()).argmax()))
-    return buffer.getvalue()
-
-
 @pytest.mark.parametrize(("files", "mode"), [(COLOUR, "RGB"), (ALPHA, "RGBA")], ids=["colour", "alpha"])
-def test_all_ways_to_store_a_colour_are_read_as_pillow_shows_them(
-    files: dict[str, Callable[[Image.Image], bytes]], mode: str, tmp_path: Path
-) -> None:
+def test_all_ways_to_store_a_colour_are_read_as_pillow_shows_them(files: dict[str, Draw], mode: str, tmp_path: Path) -> None:
     """Palettes, inks, grey among colour and alpha in one data set; nothing is resized, so each pixel is exact."""
     shown = {}
     for name, draw in sorted(files.items()):

@@ -54,7 +54,7 @@ def augmentation(record: int, seed: int, epoch: int, jitter: int, mirror: bool) 
 
 
 def _triangles(old: int, new: int) -> np.ndarray:
-    """The weights of bilinear filtering along one side, (new, old): wider where it shrinks, pixels' centres are half a pixel in."""
+    """The weights of bilinear filtering along one side, (new, old): wider where it shrinks, centres half a pixel in."""
     scale = old / new
     centres = (np.arange(new)[:, None] + 0.5) * scale
     distances = np.abs(np.arange(old)[None] + 0.5 - centres)

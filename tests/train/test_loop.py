@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.damage import flip_in_record
 from tests.helpers.events import scalars
 from tests.helpers.processes import finish, run_trainer, start_program, start_trainer
 from tests.helpers.runs import STEPS, arguments, assert_same_run, contents, newest, wait_for_step
@@ -153,12 +154,10 @@ def test_divergence_ends_with_3_keeps_the_last_good_and_is_not_replayed(tmp_path
 def test_damaged_record_ends_with_2_and_names_shard_and_record(sample_folder: Path, tmp_path: Path) -> None:
     data = Path(shutil.copytree(sample_folder, tmp_path / "data"))
     shard = records.read_manifest(data).splits["train"][1]
-    content = bytearray((data / shard.file).read_bytes())
-    content[shard.offsets[7] + 900] ^= 4
-    (data / shard.file).write_bytes(content)
+    damaged = flip_in_record(data, "train", 27)
     done = run_trainer(*arguments(tmp_path / "run"), f"--data_dir={data}")
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith(f"trainer: {data / shard.file}, record 7: the record's checksum")
+    assert done.stderr.splitlines()[-1].startswith(f"trainer: {damaged}: the record's checksum")
     assert "Traceback" not in done.stderr
     shutil.copy(sample_folder / shard.file, data / shard.file)
     assert run_trainer(*arguments(tmp_path / "run", "train.steps=40"), f"--data_dir={data}").returncode == 0
@@ -177,13 +176,10 @@ def test_other_data_are_refused(undisturbed: Path, sample_folder: Path, tmp_path
 @pytest.mark.slow
 def test_damaged_record_in_val_names_shard_and_record(sample_folder: Path, tmp_path: Path) -> None:
     data = Path(shutil.copytree(sample_folder, tmp_path / "data"))
-    shard = records.read_manifest(data).splits["val"][0]
-    content = bytearray((data / shard.file).read_bytes())
-    content[shard.offsets[5] + 900] ^= 4
-    (data / shard.file).write_bytes(content)
+    damaged = flip_in_record(data, "val", 5)
     done = run_trainer(*arguments(tmp_path / "run"), f"--data_dir={data}")
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith(f"trainer: {data / shard.file}, record 5: the record's checksum")
+    assert done.stderr.splitlines()[-1].startswith(f"trainer: {damaged}: the record's checksum")
     assert "Traceback" not in done.stderr
 
 
