@@ -1,23 +1,12 @@
-"""File systems of a few megabytes that can be full or read-only, and users who may not do everything."""
+"""File systems of a few megabytes that can be full or read-only."""
 
 import os
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from tests.helpers.missing import missing
-
-NOBODY = 65534
-# What a program begins with that is to run as somebody without rights; it does already where the tests do.
-AS_NOBODY = f"""
-import os
-if os.getuid() == 0:
-    os.setgroups([])
-    os.setgid({NOBODY})
-    os.setuid({NOBODY})
-"""
 
 
 def _as_root(*command: str) -> None:
@@ -65,11 +54,3 @@ def small_disk(path: Path, size: int) -> Iterator[SmallDisk]:
         yield SmallDisk(path)
     finally:
         _as_root("umount", "--lazy", str(path))
-
-
-@contextmanager
-def folder_for_everybody() -> Iterator[Path]:
-    """A folder that every user can reach and read; those of pytest are its own user's alone."""
-    with tempfile.TemporaryDirectory(prefix="trainer-test-") as folder:
-        Path(folder).chmod(0o755)
-        yield Path(folder)

@@ -68,7 +68,7 @@ def test_a_rename_that_fails_leaves_the_old_file_or_the_new_one(
     fail_rename(monkeypatch, 1, code, done=done)
     with pytest.raises(OSError, match=r"Stale file handle|Input/output error") as caught:
         files.write_text(path, "new, and longer")
-    assert caught.value.errno == code
+    assert (caught.value.errno, caught.value.filename) == (code, str(path))
     assert path.read_text() == ("new, and longer" if done else "old")
     assert list(tmp_path.iterdir()) == [path]
 

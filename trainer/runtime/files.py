@@ -38,12 +38,12 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def naming(path: Place) -> Iterator[None]:
-    """Let an error of the system say which file it is about: one that comes while bytes are written, as of a full disk, does not."""
+def naming(path: Place, temporary: Path | None = None) -> Iterator[None]:
+    """Let an error of the system say which file it is about: that of a full disk names none, others the temporary one."""
     try:
         yield
     except OSError as error:
-        if error.errno and error.filename is None:
+        if error.errno and error.filename in (None, str(temporary)):
             error.filename = str(path)
         raise
 
@@ -122,7 +122,7 @@ def replacing(path: Place) -> Iterator[Path]:
         return
     temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(6)}")
     try:
-        with naming(path):
+        with naming(path, temporary):
             yield temporary
             sync(temporary)
             temporary.replace(path)

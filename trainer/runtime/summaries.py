@@ -4,10 +4,13 @@ An object cannot be appended to: each flush sends the whole event file again. So
 grown is followed by a new one.
 """
 
+import errno
 import logging
+import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import tensorflow as tf
@@ -23,6 +26,16 @@ SEND_SECONDS = 60.0
 ROTATE_BYTES = 4 << 20
 
 
+@contextmanager
+def _as_error_of_the_system(folder: Path) -> Iterator[None]:
+    """Let TensorFlow's error, of a full disk for one, be what it is: an error of the system about this folder."""
+    try:
+        yield
+    except tf.errors.OpError as error:
+        code = errno.ENOSPC if os.strerror(errno.ENOSPC) in error.message else errno.EIO
+        raise OSError(code, os.strerror(code), str(folder)) from error
+
+
 class Summaries:
     """One event file for each of `train` and `val`, made at its first scalar."""
 
@@ -32,11 +45,12 @@ class Summaries:
 
     def scalars(self, kind: str, values: Mapping[str, float], step: int) -> None:
         """Write scalars under summaries/`kind`."""
-        if kind not in self._writers:
-            self._writers[kind] = tf.summary.create_file_writer(str(self._folder / kind))
-        with self._writers[kind].as_default():
-            for name, value in values.items():
-                tf.summary.scalar(name, value, step)
+        with _as_error_of_the_system(self._folder):
+            if kind not in self._writers:
+                self._writers[kind] = tf.summary.create_file_writer(str(self._folder / kind))
+            with self._writers[kind].as_default():
+                for name, value in values.items():
+                    tf.summary.scalar(name, value, step)
 
     def cut_after(self, step: int) -> None:
         """Drop every event after `step` from all event files, and the torn end that a kill may leave."""
@@ -45,13 +59,15 @@ class Summaries:
 
     def flush(self) -> None:
         """Hand everything written so far to the file system."""
-        for writer in self._writers.values():
-            writer.flush()
+        with _as_error_of_the_system(self._folder):
+            for writer in self._writers.values():
+                writer.flush()
 
     def close(self) -> None:
         """Flush and close the files."""
-        for writer in self._writers.values():
-            writer.close()
+        with _as_error_of_the_system(self._folder):
+            for writer in self._writers.values():
+                writer.close()
 
 
 class BucketSummaries(Summaries):
