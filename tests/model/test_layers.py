@@ -1,3 +1,5 @@
+import json
+
 import keras
 import numpy as np
 import pytest
@@ -101,8 +103,10 @@ def images(seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(3.0, 2.0, (4, 5, 6, 3))
 
 
-def batch_norm(inference: str) -> BatchNorm:
-    layer = BatchNorm(inference=inference, epsilon=layers.NORM_EPSILON, momentum=layers.NORM_MOMENTUM)
+def batch_norm(inference: str, over_replicas: bool = False) -> BatchNorm:
+    layer = BatchNorm(
+        inference=inference, over_replicas=over_replicas, epsilon=layers.NORM_EPSILON, momentum=layers.NORM_MOMENTUM
+    )
     layer.build((None, 5, 6, 3))
     layer.gamma.assign([1.0, 2.0, 0.5])
     layer.beta.assign([0.0, -1.0, 3.0])
@@ -115,13 +119,16 @@ def normalised(x: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
 
 
 @pytest.mark.usefixtures("float64")
-def test_batch_norm_in_training_uses_the_batch() -> None:
-    np.testing.assert_allclose(batch_norm("paper")(images(), training=True), normalised(images(), (0, 1, 2)), rtol=1e-9)
+@pytest.mark.parametrize("over_replicas", [False, True])
+def test_batch_norm_in_training_uses_the_batch(over_replicas: bool) -> None:
+    layer = batch_norm("paper", over_replicas)
+    np.testing.assert_allclose(layer(images(), training=True), normalised(images(), (0, 1, 2)), rtol=1e-9)
 
 
 @pytest.mark.usefixtures("float64")
-def test_moving_statistics_take_a_tenth_of_each_batch() -> None:
-    layer = batch_norm("paper")
+@pytest.mark.parametrize("over_replicas", [False, True])
+def test_moving_statistics_take_a_tenth_of_each_batch(over_replicas: bool) -> None:
+    layer = batch_norm("paper", over_replicas)
     layer(images(), training=True)
     np.testing.assert_allclose(layer.moving_mean.numpy(), 0.1 * images().mean((0, 1, 2)), rtol=1e-9)
     np.testing.assert_allclose(layer.moving_variance.numpy(), 0.9 + 0.1 * images().var((0, 1, 2)), rtol=1e-9)
@@ -155,15 +162,66 @@ def test_initial_weights_come_from_seed_and_name_alone() -> None:
     assert len(set(draws)) == 3
 
 
-@pytest.mark.parametrize(
-    "layer",
-    [
-        KeyedDropout(0.3, 2, at_inference=False),
-        BatchNorm(inference="frozen", epsilon=1e-5, momentum=0.9),
-        InstanceNorm(epsilon=1e-5, gamma_initializer="ones"),
-    ],
-    ids=lambda layer: type(layer).__name__,
-)
-def test_layers_are_rebuilt_from_their_config(layer: keras.layers.Layer) -> None:
-    config = layer.get_config()
-    assert type(layer).from_config(config).get_config() == config
+def rebuilt(layer: keras.layers.Layer) -> keras.layers.Layer:
+    """The same layer from what is written of it in a .keras file, built where the first was."""
+    text = json.dumps(keras.saving.serialize_keras_object(layer))
+    known = {kind.__name__: kind for kind in (KeyedDropout, BatchNorm, InstanceNorm)}
+    return keras.saving.deserialize_keras_object(json.loads(text), custom_objects=known)
+
+
+@pytest.mark.parametrize("at_inference", [True, False])
+def test_dropout_is_rebuilt_with_its_rate_its_masks_and_its_use(at_inference: bool) -> None:
+    """A rate and a number that are nobody's default."""
+    layer = KeyedDropout(0.3, 2, at_inference=at_inference)
+    for training in (True, False):
+        given = (tf.ones(SHAPE), keys_at(3))
+        np.testing.assert_array_equal(rebuilt(layer)(given, training=training), layer(given, training=training))
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("inference", ["paper", "frozen"])
+def test_batch_norm_is_rebuilt_with_its_constants_and_its_use(inference: str) -> None:
+    layer = BatchNorm(inference=inference, over_replicas=True, epsilon=0.5, momentum=0.6)
+    layer.build((None, 5, 6, 3))
+    layer.set_weights(list(np.random.default_rng(2).uniform(0.5, 2, (4, 3))))
+    other = rebuilt(layer)
+    other.set_weights(layer.get_weights())
+    assert other.over_replicas
+    np.testing.assert_array_equal(other(images(), training=False), layer(images(), training=False))
+    np.testing.assert_array_equal(other(images(), training=True), layer(images(), training=True))
+    np.testing.assert_array_equal(other.get_weights(), layer.get_weights())
+
+
+@pytest.mark.usefixtures("float64")
+def test_instance_norm_is_rebuilt_with_its_constants_and_its_first_weights() -> None:
+    layer = InstanceNorm(epsilon=0.5, gamma_initializer=layers.normal(4, "a", mean=1.0))
+    layer.build((None, 5, 6, 3))
+    other = rebuilt(layer)
+    np.testing.assert_array_equal(other.gamma.numpy(), layer.gamma.numpy())
+    np.testing.assert_array_equal(other(images()), layer(images()))
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("near", [0.0, 3.0, -40.0])
+def test_moments_over_all_replicas_of_one_device_are_numpys(near: float) -> None:
+    """Whatever they are computed near to."""
+    mean, variance = layers.moments_over_replicas(tf.constant(images()), tf.fill([3], tf.constant(near, tf.float64)))
+    np.testing.assert_allclose(mean, images().mean((0, 1, 2)), rtol=1e-12)
+    np.testing.assert_allclose(variance, images().var((0, 1, 2)), rtol=1e-10)
+
+
+@pytest.mark.usefixtures("float64")
+def test_sync_batch_norm_has_the_gradient_of_the_formula() -> None:
+    """dx = gamma / s (g - mean(g) - x^ mean(g x^)), with x^ the standardised x and s its deviation."""
+    layer = BatchNorm(inference="paper", over_replicas=True, epsilon=1e-5, momentum=0.9)
+    layer.build((None, 5, 6, 3))
+    layer.gamma.assign([1.0, 2.0, 0.5])
+    layer.moving_mean.assign([2.0, -1.0, 3.0])
+    x, upstream = tf.constant(images()), np.random.default_rng(3).normal(size=images().shape)
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        total = tf.reduce_sum(layer(x, training=True) * upstream)
+    deviation = np.sqrt(images().var((0, 1, 2)) + 1e-5)
+    standard = (images() - images().mean((0, 1, 2))) / deviation
+    centred = upstream - upstream.mean((0, 1, 2)) - standard * (upstream * standard).mean((0, 1, 2))
+    np.testing.assert_allclose(tape.gradient(total, x), [1.0, 2.0, 0.5] / deviation * centred, rtol=1e-9, atol=1e-12)

@@ -1,12 +1,12 @@
-"""The whole step against a plain one written with two tapes and Keras's Adam, in float64."""
+"""The whole step against a plain one written with two tapes and NumPy's Adam, in float64."""
 
 from collections.abc import Callable
 
-import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
+from tests.helpers.plain import PlainStep, cross_entropy, discriminator_loss, generator_losses
 from tests.helpers.settings import small_config
 from trainer.config import Config
 from trainer.data.pipeline import Specs
@@ -21,8 +21,8 @@ SPECS = Specs(PHOTO, PHOTO)
 RNG = np.random.default_rng(3)
 BATCHES = [
     {
-        "input": tf.constant(RNG.uniform(-1, 1, (2, 64, 64, 3))),
-        "target": tf.constant(RNG.uniform(-1, 1, (2, 64, 64, 3))),
+        "input": tf.constant(RNG.uniform(-1, 1, (2, 32, 48, 3))),
+        "target": tf.constant(RNG.uniform(-1, 1, (2, 32, 48, 3))),
         "index": tf.constant([0, 1], tf.uint32),
     }
     for _ in range(3)
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 
 def make(*overrides: str) -> tuple[Config, TrainState]:
-    config = small_config("train.batch_size=2", *overrides)
+    config = small_config("data.image_size=[32,48]", "train.batch_size=2", *overrides)
     return config, TrainState(config, SPECS)
 
 
@@ -40,47 +40,37 @@ def take_step(state: TrainState, config: Config, batch: dict[str, tf.Tensor]) ->
     return train_step(state, config, batch, read_clock(config, state.step), tf.constant(False))
 
 
-def cross_entropy(logits: tf.Tensor, label: float) -> tf.Tensor:
-    return tf.reduce_mean(keras.ops.binary_crossentropy(tf.fill(logits.shape, tf.cast(label, tf.float64)), logits, True))
+def examples(config: Config, state: TrainState, batch: dict[str, tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Inputs, targets and dropout keys of a batch."""
+    return batch["input"], batch["target"], example_keys(config.seed, state.step, batch["index"])
 
 
-def plain_step(
-    state: TrainState, config: Config, batch: dict[str, tf.Tensor], optimizers: list[keras.optimizers.Adam]
-) -> list[float]:
-    """D step, then a fresh drawing, then G step against the updated D: the paper's order, spelled out."""
-    g, d = state.generator, state.discriminator
-    keys = example_keys(config.seed, state.step, batch["index"])
-    x, y = batch["input"], batch["target"]
-    with tf.GradientTape() as tape:
-        real, made = d([x, y], training=True), d([x, g([x, keys], training=True)], training=True)
-        d_loss = (cross_entropy(real, 1.0) + cross_entropy(made, 0.0)) / 2
-    optimizers[0].apply(tape.gradient(d_loss, d.trainable_variables), d.trainable_variables)
-    with tf.GradientTape() as tape:
-        picture = g([x, keys], training=True)
-        gan = cross_entropy(d([x, picture], training=True), 1.0)
-        l1 = tf.reduce_mean(tf.abs(y - picture))
-        loss = gan + 100 * l1
-    optimizers[1].apply(tape.gradient(loss, g.trainable_variables), g.trainable_variables)
-    return [float(d_loss), float(gan), float(l1) * 127.5]
-
-
-@pytest.mark.parametrize("norm", ["batch", "instance", "none"])
+@pytest.mark.parametrize(
+    "norm", ["batch", "instance", *(pytest.param(norm, marks=pytest.mark.slow) for norm in ("sync_batch", "none"))]
+)
 def test_three_steps_give_the_plain_steps_losses_and_weights(norm: str) -> None:
-    config, ours = make(f"model.norm={norm}")
+    """The rate falls in the third step of three. Weights were measured to differ by 3e-15 at most."""
+    config, ours = make(f"model.norm={norm}", "train.steps=3", "optimizer.schedule=linear_decay")
     _, theirs = make(f"model.norm={norm}")
-    adam = [keras.optimizers.Adam(2e-4, beta_1=0.5, beta_2=0.999, epsilon=1e-8) for _ in range(2)]
-    for batch in BATCHES:
+    plain = PlainStep(theirs.generator, theirs.discriminator)
+    for batch, rate in zip(BATCHES, (2e-4, 2e-4, 2e-4 / 1.5), strict=True):
         result = take_step(ours, config, batch)
-        expected = plain_step(theirs, config, batch, adam)
-        np.testing.assert_allclose([float(value) for value in result.losses.values()], expected, rtol=1e-6)
+        expected = plain.take(*examples(config, ours, batch), rate)
+        np.testing.assert_allclose([float(value) for value in result.losses.values()], expected, rtol=1e-9)
         ours.record(result.losses, result.finite)
-        theirs.step.assign_add(1)
     for mine, other in zip(all_weights(ours), all_weights(theirs), strict=True):
-        np.testing.assert_allclose(mine, other, atol=2e-7)
+        np.testing.assert_allclose(mine, other, rtol=0, atol=3e-14)
 
 
 def all_weights(state: TrainState) -> list[np.ndarray]:
     return [variable.numpy() for network in (state.generator, state.discriminator) for variable in trainable(network)]
+
+
+def everything(state: TrainState) -> list[np.ndarray]:
+    """All weights and all moments."""
+    optimizers = (state.generator_optimizer, state.discriminator_optimizer)
+    moments = [variable.numpy() for one in optimizers for variable in (*one.first_moments, *one.second_moments)]
+    return all_weights(state) + moments
 
 
 class Recorder:
@@ -93,8 +83,15 @@ class Recorder:
         self.gradients = [gradient.numpy() for gradient in gradients]
 
 
+def enlarge(state: TrainState) -> None:
+    """Weights that a small step moves far from no kink of the losses, and gradients that are not lost in rounding."""
+    for variable in [*trainable(state.generator), *trainable(state.discriminator)]:
+        variable.assign(6 * variable)
+
+
 def recorded_gradients(*overrides: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
     config, state = make("model.norm=none", *overrides)
+    enlarge(state)
     recorders = Recorder(), Recorder()
     state.discriminator_optimizer, state.generator_optimizer = recorders  # type: ignore[assignment]
     take_step(state, config, BATCHES[0])
@@ -103,7 +100,7 @@ def recorded_gradients(*overrides: str) -> tuple[list[np.ndarray], list[np.ndarr
 
 def numeric_gradient(loss: Callable[[], tf.Tensor], variable: tf.Variable, index: tuple[int, ...]) -> float:
     """Central difference of the loss in one weight."""
-    value, step = variable.numpy(), 1e-6
+    value, step = variable.numpy(), 1e-5
     sides = []
     for sign in (1, -1):
         moved = value.copy()
@@ -115,27 +112,25 @@ def numeric_gradient(loss: Callable[[], tf.Tensor], variable: tf.Variable, index
 
 
 def test_gradients_are_the_slopes_of_the_papers_losses() -> None:
-    """D halved, lambda 100: seen in gradients, which Adam would hide."""
+    """D halved, lambda 100: seen in gradients, which Adam would hide. They were measured to differ by 4e-9 at most."""
     _, state = make("model.norm=none")
-    batch = BATCHES[0]
-    keys = example_keys(0, state.step, batch["index"])
+    enlarge(state)
     g, d = state.generator, state.discriminator
+    given = examples(Config(), state, BATCHES[0])
 
-    def d_loss() -> tf.Tensor:
-        made = g([batch["input"], keys], training=True)
-        real, fake = d([batch["input"], batch["target"]]), d([batch["input"], made])
-        return (cross_entropy(real, 1.0) + cross_entropy(fake, 0.0)) / 2
+    def of_d() -> tf.Tensor:
+        return discriminator_loss(d, g, *given)
 
-    def g_loss() -> tf.Tensor:
-        made = g([batch["input"], keys], training=True)
-        return cross_entropy(d([batch["input"], made]), 1.0) + 100 * tf.reduce_mean(tf.abs(batch["target"] - made))
+    def of_g() -> tf.Tensor:
+        gan, l1 = generator_losses(d, g, *given)
+        return gan + 100 * l1
 
     by_d, by_g = recorded_gradients()
-    for network, loss, gradients in ((d, d_loss, by_d), (g, g_loss, by_g)):
+    for network, loss, gradients in ((d, of_d, by_d), (g, of_g, by_g)):
         for position in (0, len(gradients) // 2, len(gradients) - 1):
             index = np.unravel_index(np.argmax(np.abs(gradients[position])), gradients[position].shape)
             slope = numeric_gradient(loss, trainable(network)[position], index)
-            np.testing.assert_allclose(gradients[position][index], slope, rtol=0.02, atol=1e-7)  # the losses have kinks
+            np.testing.assert_allclose(gradients[position][index], slope, rtol=4e-8)
 
 
 @pytest.mark.parametrize(("override", "network", "factor"), [("loss.discriminator_weight=1.0", 0, 2.0)])
@@ -148,27 +143,51 @@ def test_discriminator_weight_scales_its_gradient(override: str, network: int, f
 def test_generator_is_judged_by_the_updated_discriminator() -> None:
     """With a large D step, the GAN term is that of the weights after it, not before."""
     config, state = make("model.norm=none", "optimizer.learning_rate=0.05")
-    batch = BATCHES[0]
-    keys = example_keys(0, state.step, batch["index"])
-    picture = state.generator([batch["input"], keys], training=True)
-    before = float(cross_entropy(state.discriminator([batch["input"], picture]), 1.0))
-    gan = float(take_step(state, config, batch).losses["generator_gan"])
-    after = float(cross_entropy(state.discriminator([batch["input"], picture]), 1.0))
+    x, _, keys = examples(config, state, BATCHES[0])
+    picture = state.generator([x, keys], training=True)
+    before = float(cross_entropy(state.discriminator([x, picture]), 1.0))
+    gan = float(take_step(state, config, BATCHES[0]).losses["generator_gan"])
+    after = float(cross_entropy(state.discriminator([x, picture]), 1.0))
     assert abs(gan - after) < 1e-9
     assert abs(gan - before) > 0.1
+
+
+def heavy_discriminator() -> tuple[Config, TrainState]:
+    """Its loss and its gradients overflow; what it says of a picture does not."""
+    return make("loss.discriminator_weight=1.7e308")
+
+
+def overwhelmed_discriminator() -> tuple[Config, TrainState]:
+    """It takes all for real beyond any doubt, so that its loss is infinite; its gradients are not, and G's loss is 0 of it."""
+    config, state = make("model.norm=none")
+    state.discriminator.get_layer("discriminator_logits").bias.assign([1e308])
+    return config, state
+
+
+@pytest.mark.parametrize("made", [heavy_discriminator, overwhelmed_discriminator], ids=lambda made: made.__name__)
+def test_discriminator_alone_not_finite_changes_nothing_of_either_network(made: Callable[[], tuple[Config, TrainState]]) -> None:
+    config, state = made()
+    before = everything(state)
+    result = take_step(state, config, BATCHES[0])
+    losses = {name: float(value) for name, value in result.losses.items()}
+    assert losses["discriminator"] == np.inf
+    assert np.isfinite([losses["generator_gan"], losses["l1"]]).all()
+    assert not bool(result.finite)
+    for old, new in zip(before, everything(state), strict=True):
+        np.testing.assert_array_equal(old, new)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_batch_that_is_not_finite_changes_no_weight(value: float) -> None:
     config, state = make()
-    spoilt = dict(BATCHES[0], target=tf.constant(np.full((2, 64, 64, 3), value)))
-    before = all_weights(state)
+    spoilt = dict(BATCHES[0], target=tf.constant(np.full((2, 32, 48, 3), value)))
+    before = everything(state)
     result = take_step(state, config, spoilt)
     state.record(result.losses, result.finite)
     assert not bool(result.finite)
     assert not bool(state.healthy)
     assert int(state.step) == 0
-    for old, new in zip(before, all_weights(state), strict=True):
+    for old, new in zip(before, everything(state), strict=True):
         np.testing.assert_array_equal(old, new)
 
 
@@ -235,13 +254,14 @@ def test_clipping_keeps_the_direction_and_limits_the_norm(network: int) -> None:
 
 
 def test_the_average_follows_the_weights_by_its_formula() -> None:
-    config, state = make("train.ema_decay=0.5")
+    """Its decay is bound by what is allowed at the first step, and by the config from the second on."""
+    config, state = make("train.ema_decay=0.2")
     assert state.averaged is not None
     expected = [weight.numpy() for weight in state.averaged.trainable_variables]
     for number, batch in enumerate(BATCHES, 1):
         result = take_step(state, config, batch)
         state.record(result.losses, result.finite)
-        decay = min(0.5, (1 + number) / (10 + number))
+        decay = [2 / 11, 0.2, 0.2][number - 1]
         weights = [variable.numpy() for variable in trainable(state.generator)]
         expected = [decay * mean + (1 - decay) * weight for mean, weight in zip(expected, weights, strict=True)]
     for mine, other in zip(state.averaged.trainable_variables, expected, strict=True):
@@ -255,7 +275,7 @@ def test_the_average_stays_where_a_step_is_not_finite() -> None:
     config, state = make("train.ema_decay=0.5")
     assert state.averaged is not None
     before = [weight.numpy() for weight in state.averaged.trainable_variables]
-    take_step(state, config, dict(BATCHES[0], target=tf.constant(np.full((2, 64, 64, 3), np.nan))))
+    take_step(state, config, dict(BATCHES[0], target=tf.constant(np.full((2, 32, 48, 3), np.nan))))
     for old, weight in zip(before, state.averaged.trainable_variables, strict=True):
         np.testing.assert_array_equal(old, weight.numpy())
 
@@ -265,6 +285,19 @@ def test_a_wish_to_stop_comes_back_from_the_step() -> None:
     clock = read_clock(config, state.step)
     assert not bool(train_step(state, config, BATCHES[0], clock, tf.constant(False)).stop)
     assert bool(train_step(state, config, BATCHES[0], clock, tf.constant(True)).stop)
+
+
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_term_of_the_loss_that_is_not_finite_withholds_the_update(place: int, value: float) -> None:
+    config, state = make()
+    before = everything(state)
+    gradients = [tf.ones(variable.shape, tf.float64) for variable in trainable(state.discriminator)]
+    terms = [tf.constant(value if number == place else 1.0, tf.float64) for number in range(2)]
+    clock = read_clock(config, state.step)
+    assert not bool(update(state.discriminator_optimizer, gradients, terms, config, clock, tf.constant(True)))
+    for old, new in zip(before, everything(state), strict=True):
+        np.testing.assert_array_equal(old, new)
 
 
 def test_a_gradient_whose_square_overflows_is_not_finite() -> None:
