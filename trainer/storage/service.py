@@ -44,7 +44,6 @@ _TEMPORARY = (
     requests.exceptions.ContentDecodingError,
     urllib3.exceptions.HTTPError,  # a body that is cut while it is read as it is, which `requests` does not translate
     google.auth.exceptions.GoogleAuthError,
-    DataCorruption,
 )
 
 
@@ -99,12 +98,17 @@ def patience(seconds: float) -> Iterator[None]:
 def may_pass(error: BaseException) -> bool:
     """Whether another try may succeed: the service is busy or away, the line was cut, credentials are not there yet."""
     code = _code(error)
-    return code in _TEMPORARY_CODES | _BEGIN_ANEW_CODES if code else isinstance(error, _TEMPORARY)
+    return _is_damaged(error) or (code in _TEMPORARY_CODES | _BEGIN_ANEW_CODES if code else isinstance(error, _TEMPORARY))
+
+
+def _is_damaged(error: BaseException) -> bool:
+    """Whether bytes were damaged on their way, as found out here, or by the service, which then answers 400."""
+    return isinstance(error, DataCorruption) or (_code(error) == 400 and "doesn't match calculated" in said(error))
 
 
 def may_go_on(error: BaseException) -> bool:
     """Whether a transfer may go on where it was cut; where it may not, it may still begin anew."""
-    return may_pass(error) and _code(error) not in _BEGIN_ANEW_CODES and not isinstance(error, DataCorruption)
+    return may_pass(error) and _code(error) not in _BEGIN_ANEW_CODES and not _is_damaged(error)
 
 
 _current = threading.local()
@@ -244,12 +248,12 @@ def reason(error: BaseException) -> str:
         return "no credentials found; run `gcloud auth application-default login`, or give the job a service account"
     if isinstance(error, google.auth.exceptions.GoogleAuthError):
         return f"the credentials do not work: {said(error)[:200]}"
-    if isinstance(error, exceptions.GoogleAPICallError):
-        return f"the service answers {error.code} ({said(error)[:200]})"
+    if _is_damaged(error):
+        return "the bytes that arrived do not match their checksum"
+    if code := _code(error):
+        return f"the service answers {code} ({said(error)[:200]})"
     if isinstance(error, (requests.Timeout, urllib3.exceptions.TimeoutError)):
         return f"no answer for {STALL_SECONDS:.0f} s"
-    if isinstance(error, DataCorruption):
-        return "the bytes that arrived do not match their checksum"
     cut = isinstance(error, (requests.ConnectionError, urllib3.exceptions.HTTPError))
     return "the connection fails" if cut else str(error)
 
