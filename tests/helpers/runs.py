@@ -9,7 +9,7 @@ import tensorflow as tf
 from PIL import Image
 
 from tests.helpers.events import scalars
-from tests.helpers.settings import SMALL, flags
+from tests.helpers.settings import SMALL, TINY, flags
 from tests.helpers.waiting import wait_until
 from trainer.runtime.bucket_checkpoints import checkpoints_in
 from trainer.runtime.ledger import Marker, marker_of
@@ -20,11 +20,22 @@ SETTINGS = (
     *SMALL, "train.batch_size=2", f"train.steps={STEPS}", "train.checkpoint_every=35", "train.summary_every=20",
     "train.sample_every=100", "train.evaluate_every=50", "train.keep=2", "optimizer.schedule=linear_decay",
 )  # fmt: skip
+SHORT_STEPS = 60
+SHORT = (
+    *TINY, "train.batch_size=2", f"train.steps={SHORT_STEPS}", "train.checkpoint_every=7", "train.summary_every=4",
+    "train.sample_every=20", "train.evaluate_every=10", "train.keep=2", "optimizer.schedule=linear_decay",
+    "optimizer.learning_rate=0.002",
+)  # fmt: skip
 
 
 def arguments(folder: Path | str, *overrides: str) -> list[str]:
     """The flags of a run that does everything now and then."""
     return flags(folder, *SETTINGS, *overrides)
+
+
+def short(folder: Path | str, *overrides: str) -> list[str]:
+    """The flags of a run that does everything several times in its 60 steps, which take no time beside its beginning."""
+    return flags(folder, *SHORT, *overrides)
 
 
 def _as_place(folder: Path | str) -> Place:

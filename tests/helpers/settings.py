@@ -11,6 +11,13 @@ SMALL = (
     "model.discriminator.filters=4",
     "model.discriminator.receptive_field=16",
 )
+TINY = (
+    "data.image_size=[32,32]",
+    "data.jitter=3",
+    "model.generator.filters=4",
+    "model.discriminator.filters=4",
+    "model.discriminator.receptive_field=16",
+)  # the smallest images; what a run of them takes is little more than making its graphs
 
 
 def small_config(*overrides: str) -> Config:
