@@ -47,9 +47,15 @@ def test_ms_ssim_is_left_out_where_the_image_is_too_small() -> None:
     assert list(score(small, small, multiscale=True)) == ["l1", "psnr", "ssim"]
 
 
-def test_reports_agree_with_each_other_and_with_the_run(trained_run: TrainedRun) -> None:
+@pytest.fixture(scope="module")
+def reports(trained_run: TrainedRun) -> tuple[Path, str]:
+    """Where an evaluation of the test split left its files, and what it said."""
     text = evaluate(trained_run, "", "test")
-    folder = trained_run.folder.path / "evaluation" / "test-step-0000024-paper"
+    return trained_run.folder.path / "evaluation" / "test-step-0000024-paper", text
+
+
+def test_reports_agree_with_each_other_and_with_the_run(trained_run: TrainedRun, reports: tuple[Path, str]) -> None:
+    folder, text = reports
     rows = list(csv.DictReader((folder / "per_image.csv").read_text().splitlines()))
     summary = json.loads((folder / "summary.json").read_text())
     assert len(rows) == summary["images"] == 15
@@ -63,9 +69,8 @@ def test_reports_agree_with_each_other_and_with_the_run(trained_run: TrainedRun)
     assert text.splitlines()[-1] == f"test L1 {logged['l1']:.1f} of 255"
 
 
-def test_picture_shows_best_median_and_worst(trained_run: TrainedRun) -> None:
-    evaluate(trained_run, "", "test")
-    folder = trained_run.folder.path / "evaluation" / "test-step-0000024-paper"
+def test_picture_shows_best_median_and_worst(reports: tuple[Path, str]) -> None:
+    folder, _ = reports
     sheet = np.asarray(Image.open(folder / "extremes.png"), float)
     l1 = sorted(float(row["l1"]) for row in csv.DictReader((folder / "per_image.csv").read_text().splitlines()))
     tops = [44 + 68 * row for row in range(3)]
@@ -109,7 +114,7 @@ def test_data_of_another_kind_are_refused(trained_run: TrainedRun, tmp_path: Pat
     manifest = records.read_manifest(trained_run.folder.sample_data)
     for path in trained_run.folder.sample_data.iterdir():
         (tmp_path / path.name).symlink_to(path)
-    (tmp_path / records.MANIFEST).unlink()
+    (tmp_path / records.MANIFEST_NAME).unlink()
     records.write_manifest(tmp_path, manifest.model_copy(update={"target": manifest.input}))
     with pytest.raises(
         DataError, match=r"its pictures differ from those that the run was trained on \(channels, bits, label maps\)"
