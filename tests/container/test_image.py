@@ -1,105 +1,35 @@
-"""The image as its users run it: real containers of a real daemon, without network, privileges or a root file system to write to.
-
-DOCKER names the command (default `docker`), TRAINER_IMAGE_UNDER_TEST the image (default trainer:cpu).
-"""
+"""The image as its users run it: real containers, without network, privileges or a root file system to write to."""
 
 import json
 import os
 import re
-import signal
-import subprocess
-import time
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.helpers.containers import (
+    GRACE_SECONDS,
+    IMAGE,
+    LONG,
+    PYTHON,
+    QUICK,
+    Containers,
+    copy_run,
+    docker,
+    ended,
+    objects,
+    stop,
+    wait_for,
+    wait_for_a_handler,
+    wait_until_tensorflow_loads,
+)
 from tests.helpers.runs import assert_same_run
-from tests.helpers.settings import SMALL
 from trainer import __version__
 
 pytestmark = pytest.mark.container
 
-DOCKER = os.environ.get("DOCKER", "docker")
-IMAGE = os.environ.get("TRAINER_IMAGE_UNDER_TEST", "trainer:cpu")
-PYTHON = "/opt/trainer/bin/python3"
-LOCKED = ("--network=none", "--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges")
 SAMPLE = Path(__file__).parents[2] / "trainer" / "sample"
-GRACE_SECONDS = 10  # what docker stop leaves unless it is told otherwise
-FIELDS = {"severity", "time", "step", "worker", "message"}
-QUICK = tuple(f"--set={setting}" for setting in (*SMALL, "train.steps=30", "train.evaluate_every=0"))
-LONG = tuple(
-    f"--set={setting}"
-    for setting in (
-        *SMALL, "train.batch_size=2", "train.steps=300", "train.checkpoint_every=35", "train.summary_every=20",
-        "train.sample_every=100", "train.evaluate_every=50", "train.keep=2",
-    )
-)  # fmt: skip
-
-
-def docker(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run([DOCKER, *arguments], capture_output=True, text=True, timeout=240, check=False)
-    assert not check or done.returncode == 0, done.stderr
-    return done
-
-
-class Containers:
-    """Containers and volumes that are removed in the end."""
-
-    def __init__(self) -> None:
-        self.names: list[str] = []
-        self.volumes: list[str] = []
-
-    def volume(self) -> str:
-        self.volumes.append(f"trainer-test-{uuid.uuid4().hex}")
-        docker("volume", "create", self.volumes[-1])
-        return self.volumes[-1]
-
-    def start(self, *arguments: str, options: tuple[str, ...] = ()) -> str:
-        self.names.append(f"trainer-test-{uuid.uuid4().hex}")
-        docker("run", "--detach", "--name", self.names[-1], *LOCKED, *options, IMAGE, *arguments)
-        return self.names[-1]
-
-    def run(self, *arguments: str, options: tuple[str, ...] = ()) -> tuple[str, subprocess.CompletedProcess[str]]:
-        """The name and, with the exit code, what the logs hold, once the container has ended."""
-        name = self.start(*arguments, options=options)
-        docker("wait", name)
-        return name, ended(name)
-
-    def remove(self) -> None:
-        for name in self.names:
-            docker("rm", "--force", "--volumes", name)
-        for name in self.volumes:
-            docker("volume", "rm", name)
-
-
-def ended(name: str) -> subprocess.CompletedProcess[str]:
-    status, code = docker("inspect", "--format={{.State.Status}} {{.State.ExitCode}}", name).stdout.split()
-    assert status == "exited"
-    logs = docker("logs", name)
-    return subprocess.CompletedProcess(logs.args, int(code), logs.stdout, logs.stderr)
-
-
-def wait_for(name: str, words: str) -> None:
-    """Until the logs hold these words."""
-    deadline = time.monotonic() + 120
-    while words not in (text := (logs := docker("logs", name)).stdout + logs.stderr):
-        assert docker("inspect", "--format={{.State.Running}}", name).stdout.strip() == "true", text
-        assert time.monotonic() < deadline, text
-        time.sleep(0.02)
-
-
-def stop(name: str) -> float:
-    """Seconds that `docker stop` took, with its own grace."""
-    began = time.monotonic()
-    docker("stop", name)
-    return time.monotonic() - began
-
-
-def copy_run(name: str, to: Path) -> Path:
-    docker("cp", f"{name}:/runs/sample", str(to))
-    return to
 
 
 @pytest.fixture
@@ -202,31 +132,15 @@ def test_docker_stop_saves_and_the_next_run_ends_with_the_same_bits(containers: 
     assert_same_run(copy_run(second, tmp_path / "stopped"), copy_run(undisturbed, tmp_path / "undisturbed"))
 
 
-def loads_tensorflow(name: str) -> bool:
-    """Whether the library is mapped into process 1."""
-    return "tensorflow" in docker("exec", name, "cat", "/proc/1/maps", check=False).stdout
-
-
 def test_docker_stop_while_tensorflow_loads(containers: Containers) -> None:
     name = containers.start("--strategy=mirrored", *LONG)
-    while not loads_tensorflow(name):
-        assert docker("inspect", "--format={{.State.Running}}", name).stdout.strip() == "true"
+    wait_until_tensorflow_loads(name)
     assert "training on" not in docker("logs", name).stderr
     seconds = stop(name)
     done = ended(name)
     assert done.returncode == 143, done.stderr
     assert seconds < GRACE_SECONDS
     assert done.stderr.strip().splitlines()[-1].startswith("trainer: SIGTERM: stopped; ")
-
-
-def wait_for_a_handler(name: str) -> None:
-    """Process 1 has no default action for a signal: one that comes before there is a handler is lost."""
-    status = Path("/proc") / docker("inspect", "--format={{.State.Pid}}", name).stdout.strip() / "status"
-    caught = 0
-    while not caught & 1 << (signal.SIGTERM - 1):
-        found = re.search(r"^SigCgt:\s*(\w+)$", status.read_text(), re.MULTILINE)
-        assert found
-        caught = int(found[1], 16)
 
 
 @pytest.mark.parametrize("log_format", ["text", "json"])
@@ -244,13 +158,6 @@ def test_docker_stop_at_once(log_format: str, containers: Containers) -> None:
 
 
 # -- logs and errors
-
-
-def objects(done: subprocess.CompletedProcess[str]) -> list[dict[str, object]]:
-    lines = [json.loads(line) for line in (done.stdout + done.stderr).splitlines()]
-    assert lines
-    assert all(set(line) == FIELDS for line in lines)
-    return lines
 
 
 def test_every_line_is_an_object(containers: Containers) -> None:

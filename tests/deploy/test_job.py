@@ -18,17 +18,15 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 
-from tests.container.test_image import DOCKER, FIELDS, IMAGE, LONG, docker
+from tests.helpers.containers import DOCKER, FIELDS, IMAGE, LONG, docker
 from tests.helpers.manifests import KUBERNETES, Tree, quantity, render, the_container, the_pod
+from tests.helpers.missing import missing
 from tests.helpers.runs import assert_same_run, wait_for_step
 
 KJOB = Path(os.environ.get("KJOB", Path(__file__).parents[3] / "shared" / "tools" / "kjob.py"))
 STEPS, FIRST_CHECKPOINT = 300, 35  # those of LONG
 
-pytestmark = [
-    pytest.mark.container,
-    pytest.mark.skipif(not KJOB.is_file(), reason="nothing here runs a Job's pods: the variable KJOB names no program that does"),
-]
+pytestmark = [pytest.mark.container, pytest.mark.kjob]
 
 
 def for_this_machine(resources: list[Tree], claim: Path) -> list[Tree]:
@@ -90,6 +88,8 @@ class Story(NamedTuple):
 
 @pytest.fixture(scope="module")
 def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
+    if not KJOB.is_file():
+        missing(f"{KJOB} is not here, and the variable KJOB names no other program that runs a Job's pods")
     folder = tmp_path_factory.mktemp("jobs")
     killed, undisturbed = Job(folder / "killed"), Job(folder / "undisturbed")
     try:

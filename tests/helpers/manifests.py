@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
-import pytest
 import yaml
 
+from tests.helpers.missing import missing
 from trainer.errors import ExitCode
 
 KUBERNETES = Path(__file__).parents[2] / "deploy" / "kubernetes"
@@ -37,7 +37,7 @@ def render(folder: Path) -> list[Tree]:
     """The resources that `kubectl kustomize` makes of a folder."""
     program = shutil.which("kubectl")
     if program is None:
-        pytest.fail("kubectl is not on the path: these tests render with `kubectl kustomize` (no cluster is needed); install it")
+        missing("kubectl is not on the path: these tests render with `kubectl kustomize` (no cluster is needed); install it")
     done = subprocess.run([program, "kustomize", str(folder)], capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 0, done.stderr
     return [resource for resource in yaml.safe_load_all(done.stdout) if resource]
