@@ -143,3 +143,11 @@ def trained_run(shared: Shared) -> "TrainedRun":
     from trainer.trained import open_run
 
     return open_run(shared("trained", _train_a_little))
+
+
+@pytest.fixture(scope="session")
+def exported(shared: Shared, trained_run: "TrainedRun") -> Path:
+    """Both exports of that run; read them, or copy them, but leave them as they are."""
+    from trainer.export import export
+
+    return shared("exported", lambda folder: export(trained_run, folder, ["saved_model", "keras"]))

@@ -8,6 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 NOBODY = 65534
+ME = NOBODY if os.getuid() == 0 else os.getuid()  # who writes in `TRAINER_AS_NOBODY`, a program for `start_program`
+TRAINER_AS_NOBODY = """
+from tests.helpers.users import become_nobody
+become_nobody()
+from trainer.__main__ import main
+main()
+"""
 _PR_SET_KEEPCAPS, _CAP_DAC_READ_SEARCH, _CAPABILITY_VERSION = 8, 2, 0x20080522
 
 
