@@ -120,18 +120,19 @@ def start_module(
 
 
 def start_program(
-    text: str, *arguments: str, cold: bool = False, merged: bool = False, **environment: str
+    text: str, *arguments: str, output: TextIO | None = None, cold: bool = False, merged: bool = False, **environment: str
 ) -> subprocess.Popen[str]:
     """`python -c TEXT ARGUMENTS` as its own process, in which a test can change something before it calls the trainer.
 
     Args:
         text: the program.
         arguments: what it finds in sys.argv[1:].
+        output: an open file for both of its streams; None: two pipes.
         cold: as for `start_module`.
         merged: both streams come out of stdout.
         environment: variables beside those of this process.
     """
-    return _start(["-c", text, *arguments], None, cold=cold, merged=merged, environment=environment)
+    return _start(["-c", text, *arguments], output, cold=cold, merged=merged, environment=environment)
 
 
 def start_trainer(*arguments: str, output: TextIO | None = None, cold: bool = False, **environment: str) -> subprocess.Popen[str]:

@@ -8,16 +8,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.helpers.processes import start_trainer
+from tests.helpers.processes import start_program, start_trainer
 from tests.helpers.waiting import wait_until
 
 LOOPBACK = "127.0.0.1"
+LISTENS, TALKS = "0A", "01"  # states of a socket in /proc/net/tcp
+AND_TRAIN = "\nfrom trainer.__main__ import main\nmain()\n"
 
 
 def hold() -> socket.socket:
     """Keep a port from everybody who asks for any port; who names this one, and allows reuse, gets it.
 
-    Linux lets two sockets have an address as long as both allow reuse and at most one of them listens.
+    Linux lets two sockets have an address as long as both allow reuse and at most one of them listens. gRPC's servers allow it,
+    and so does the meeting before them.
     """
     held = socket.socket()
     held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -46,6 +49,12 @@ def taken(port: int) -> Iterator[socket.socket]:
         yield listener
 
 
+def sockets_at(port: int, state: str) -> int:
+    """How many sockets of this machine have a local port and are in a state, LISTENS or TALKS."""
+    rows = [line.split() for table in ("tcp", "tcp6") for line in Path("/proc/net", table).read_text().splitlines()[1:]]
+    return sum(row[3] == state and int(row[1].rpartition(":")[2], 16) == port for row in rows)
+
+
 def tf_config(ports: list[int], index: int) -> str:
     """TF_CONFIG of one of several workers."""
     cluster = {"worker": [f"{LOOPBACK}:{port}" for port in ports]}
@@ -63,11 +72,15 @@ class Workers:
         for index in range(count) if only is None else only:
             self.start(index, *arguments)
 
-    def start(self, index: int, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-        """Start one of them."""
+    def start(self, index: int, *arguments: str, first: str = "", **environment: str) -> subprocess.Popen[str]:
+        """Start one of them, which does what the program `first` says before it is the trainer."""
         self.logs.mkdir(parents=True, exist_ok=True)
+        environment["TF_CONFIG"] = tf_config(self.ports, index)
         with (self.logs / f"{index}.log").open("w") as log:
-            process = start_trainer(*arguments, output=log, TF_CONFIG=tf_config(self.ports, index), **environment)
+            if first:
+                process = start_program(first + AND_TRAIN, *arguments, output=log, **environment)
+            else:
+                process = start_trainer(*arguments, output=log, **environment)
         self.processes[index] = process
         return process
 
@@ -79,11 +92,19 @@ class Workers:
         """What it printed last."""
         return self.log(index).strip().splitlines()[-1]
 
-    def wait_for(self, index: int, words: str, seconds: float = 90) -> None:
-        """Wait until a worker has printed some words."""
-        wait_until(lambda: words in self.log(index), self.processes[index], seconds, f"{words!r} of worker {index}")
+    def wait_for(self, index: int, words: str, seconds: float = 120) -> None:
+        """Wait until a worker has printed some words; none of them may end before."""
 
-    def codes(self, seconds: float = 120) -> dict[int, int]:
+        def printed() -> bool:
+            if words in self.log(index):
+                return True
+            for number, process in self.processes.items():
+                assert process.poll() is None, f"before {words!r}: worker {number} ended: {self.log(number)}"
+            return False
+
+        wait_until(printed, seconds=seconds, what=f"{words!r} of worker {index}")
+
+    def codes(self, seconds: float = 240) -> dict[int, int]:
         """The exit codes, once all have ended."""
         deadline = time.monotonic() + seconds
         try:
