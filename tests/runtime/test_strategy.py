@@ -1,18 +1,18 @@
 """Which strategy is chosen, as a table; the switches that reach TensorFlow, in processes of their own."""
 
+import json
 import logging
-import os
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 
-from tests.helpers.processes import run_trainer
-from tests.helpers.settings import SMALL
+from tests.helpers.processes import finish, run_trainer, start_program
+from tests.helpers.settings import TINY, flags
 from trainer.cluster import Cluster
 from trainer.config import Config
+from trainer.cores import usable_cores
 from trainer.errors import UserError
-from trainer.runtime.strategy import Devices, choose
+from trainer.runtime.strategy import Choice, Devices, choose, count_replicas
 from trainer.train.block import check_replicas, fitting_batch_sizes
 
 ALONE, SEVERAL, ONE = Cluster(), Cluster("TF_CONFIG", ("a:1", "b:1")), Cluster("TF_CONFIG", ("a:1",))
@@ -107,22 +107,32 @@ def test_the_nearest_sizes(batch: int, parts: int, sizes: tuple[int, int]) -> No
     assert fitting_batch_sizes(batch, parts) == sizes
 
 
-def test_the_sample_alone_is_adapted_and_says_so(tmp_path: object) -> None:
-    three = ("--strategy=mirrored", "--set=runtime.cpu_devices=3", *(f"--set={setting}" for setting in SMALL))
-    done = run_trainer(f"--model_dir={tmp_path}/run", *three, "--set=train.steps=4", "--set=train.evaluate_every=0")
+THREE = ("--strategy=mirrored", "--set=runtime.cpu_devices=3")
+
+
+def test_the_sample_alone_is_adapted_and_says_so(tmp_path: Path) -> None:
+    settings = [*flags(tmp_path, *TINY), "--dry_run"]
+    done = run_trainer(*settings, *THREE)
     assert done.returncode == 0, done.stderr
     assert "train.batch_size: the sample's 1 becomes 3, for 3 replicas" in done.stderr
-    again = run_trainer(
-        f"--model_dir={tmp_path}/run", *(f"--set={setting}" for setting in SMALL), "--set=train.steps=4", "--dry_run"
-    )
-    assert "one_device (no GPU found): replicas: 1, pairs for each: 3" in again.stdout, "what the run began with stays"
-    assert "strategy mirrored (asked for): 3 replicas on CPUs" in done.stderr
-    chosen = run_trainer(f"--model_dir={tmp_path}/other", *three, "--set=train.batch_size=4")
+    assert "strategy mirrored (asked for): replicas: 3, pairs for each: 1" in done.stdout
+    chosen = run_trainer(*settings, *THREE, "--set=train.batch_size=4")
     assert chosen.returncode == 2
     assert "train.batch_size: got 4, allowed: a multiple of 3 for 3 replicas, such as 3 or 6" in chosen.stderr
 
 
-def test_without_a_tpu_the_strategy_says_so(tmp_path: object) -> None:
+@pytest.mark.slow
+def test_what_the_samples_run_began_with_stays(tmp_path: Path) -> None:
+    settings = flags(tmp_path, *TINY, "train.steps=2", "train.evaluate_every=0", "train.sample_every=0")
+    done = run_trainer(*settings, *THREE)
+    assert done.returncode == 0, done.stderr
+    assert "train.batch_size: the sample's 1 becomes 3, for 3 replicas" in done.stderr
+    assert "strategy mirrored (asked for): 3 replicas on CPUs" in done.stderr
+    again = run_trainer(*settings, "--dry_run")
+    assert "one_device (no GPU found): replicas: 1, pairs for each: 3" in again.stdout
+
+
+def test_without_a_tpu_the_strategy_says_so(tmp_path: Path) -> None:
     done = run_trainer(f"--model_dir={tmp_path}/run", "--strategy=tpu")
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith("trainer: --strategy=tpu: this machine can use no TPU as 'local' (")
@@ -130,42 +140,83 @@ def test_without_a_tpu_the_strategy_says_so(tmp_path: object) -> None:
 
 
 SWITCHES = """
+import json, sys
 import tensorflow as tf
 from tensorflow.python.framework import config
 from trainer.config import RuntimeConfig
-from trainer.runtime.strategy import configure_devices
-devices = configure_devices(RuntimeConfig(cpu_devices=3, tf32=False, deterministic=True))
-assert len(tf.config.list_logical_devices("CPU")) == 3
-assert not tf.config.experimental.tensor_float_32_execution_enabled()
-assert config.is_op_determinism_enabled()
-assert devices.mirrored == ["CPU:0", "CPU:1", "CPU:2"], devices
+from trainer.runtime.strategy import configure_devices, configure_threads
+runtime = RuntimeConfig(**json.loads(sys.argv[1]))
+threads, devices = configure_threads(runtime), configure_devices(runtime)
+of = tf.config.threading
+print(json.dumps({
+    "devices": devices.mirrored,
+    "made": len(tf.config.list_logical_devices("CPU")),
+    "tf32": tf.config.experimental.tensor_float_32_execution_enabled(),
+    "deterministic": config.is_op_determinism_enabled(),
+    "threads": [threads, of.get_intra_op_parallelism_threads(), of.get_inter_op_parallelism_threads()],
+}))
 """
 
 
-def test_the_switches_reach_tensorflow() -> None:
-    done = subprocess.run([sys.executable, "-c", SWITCHES], capture_output=True, text=True, check=False)
+def switched(**settings: object) -> dict[str, object]:
+    """What TensorFlow says of itself after the switches were set, in a process of its own."""
+    done = finish(start_program(SWITCHES, json.dumps(settings)))
     assert done.returncode == 0, done.stderr
+    found: dict[str, object] = json.loads(done.stdout)
+    return found
+
+
+def test_the_switches_reach_tensorflow() -> None:
+    found = switched(cpu_devices=3, tf32=False, deterministic=True, threads=5)
+    names = ["CPU:0", "CPU:1", "CPU:2"]
+    assert found == {"devices": names, "made": 3, "tf32": False, "deterministic": True, "threads": [5, 5, 5]}
+
+
+def test_without_switches_there_is_one_cpu_of_all_cores() -> None:
+    found = switched(tf32=True)
+    assert found == {"devices": ["CPU:0"], "made": 1, "tf32": True, "deterministic": False, "threads": [usable_cores()] * 3}
 
 
 MISSING = """
-import sys
+import json, os, sys
 import tensorflow as tf
 from trainer.config import RuntimeConfig
 from trainer.runtime.strategy import configure_devices
-tf.test.is_built_with_cuda = lambda: sys.argv[1] == "cuda"
-print(configure_devices(RuntimeConfig(cpu_devices=int(sys.argv[2]))).gpus_missing)
+built, cpu_devices, visible = json.loads(sys.argv[1])
+os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+os.environ.update({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})
+tf.test.is_built_with_cuda = lambda: built == "cuda"
+print(configure_devices(RuntimeConfig(cpu_devices=cpu_devices)).gpus_missing)
 """
 
 
 @pytest.mark.parametrize(
     ("built", "cpu_devices", "visible", "missing"),
-    [("cuda", 1, None, True), ("cuda", 1, "0", True), ("cuda", 1, "", False), ("cuda", 2, None, False), ("cpu", 1, None, False)],
+    [
+        ("cuda", 1, None, True),
+        ("cuda", 1, "0", True),
+        ("cuda", 1, "", False),
+        ("cuda", 1, "-1", False),
+        ("cuda", 2, None, False),
+        ("cpu", 1, None, False),
+    ],
 )
 def test_gpus_are_missing_where_nobody_asked_for_the_cpu(
     built: str, cpu_devices: int, visible: str | None, missing: bool
 ) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
-    environment |= {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
-    command = [sys.executable, "-c", MISSING, built, str(cpu_devices)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    done = finish(start_program(MISSING, json.dumps([built, cpu_devices, visible])))
     assert done.stdout == f"{missing}\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("choice", "cluster", "devices", "replicas"),
+    [
+        ("one_device", ALONE, Devices(8, 0, 1), 1),
+        ("mirrored", ALONE, Devices(8, 0, 1), 8),
+        ("mirrored", ALONE, Devices(0, 0, 3), 3),
+        ("multi_worker_mirrored", SEVERAL, Devices(4, 0, 1), 8),
+        ("multi_worker_mirrored", SEVERAL, Devices(0, 0, 2), 4),
+    ],
+)
+def test_replicas_are_counted_over_all_workers(choice: str, cluster: Cluster, devices: Devices, replicas: int) -> None:
+    assert count_replicas(Choice(choice, ""), cluster, devices) == replicas
