@@ -196,12 +196,12 @@ class PairData:
     def _prepare(self, jitter: int) -> Callable[[tf.Tensor, tf.Tensor, tf.Tensor], dict[str, tf.Tensor]]:
         data = self._config.data
 
-        @tf.autograph.experimental.do_not_convert
         def prepare(record: tf.Tensor, how: tf.Tensor, index: tf.Tensor) -> dict[str, tf.Tensor]:
             pair = pairs.prepare(record, self.manifest, data.image_size, data.direction, jitter, how)
             return {"input": pair.input, "target": pair.target, "index": index}
 
-        return prepare
+        plain: Callable[[tf.Tensor, tf.Tensor, tf.Tensor], dict[str, tf.Tensor]] = tf.autograph.experimental.do_not_convert(prepare)
+        return plain
 
     @contextmanager
     def naming_damage(self, split: Split, numbers: Callable[[], Iterable[int]]) -> Iterator[None]:

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import tensorflow as tf
-from tensorflow.python.framework import config as framework
 
 from trainer.config import Config
 from trainer.data.pipeline import PairData
@@ -52,14 +51,15 @@ def deal(strategy: tf.distribute.Strategy, data: PairData, config: Config, first
 
     A worker reads only its own places. One device takes a plain iterator: a distributed one costs a fifth of a small step.
     """
-    replicas, batch = strategy.num_replicas_in_sync, config.train.batch_size
+    replicas, batch, exact = strategy.num_replicas_in_sync, config.train.batch_size, config.runtime.deterministic
     if isinstance(strategy, tf.distribute.OneDeviceStrategy):
-        return iter(stamped(data.training_batches(first_step, config.train.steps)))
+        return iter(stamped(data.training_batches(first_step, config.train.steps), deterministic=exact))
 
     def of_worker(context: tf.distribute.InputContext) -> tf.data.Dataset:
         share = batch // context.num_input_pipelines
         places = range(context.input_pipeline_id * share, (context.input_pipeline_id + 1) * share)
-        return stamped(data.training_batches(first_step, places=places, replicas=replicas // context.num_input_pipelines))
+        batches = data.training_batches(first_step, places=places, replicas=replicas // context.num_input_pipelines)
+        return stamped(batches, deterministic=exact)
 
     return iter(strategy.distribute_datasets_from_function(of_worker))
 
@@ -68,32 +68,38 @@ def _now_in_python() -> np.uint32:
     return np.uint32(int(time.time() * TICKS) % WRAP)
 
 
-def now() -> tf.Tensor:
+def now(*, deterministic: bool = False) -> tf.Tensor:
     """The time of day in ticks of 10 microseconds, modulo 2^32: a uint32 scalar, which every kind of device can hold.
 
-    Under runtime.deterministic TensorFlow refuses its own clock.
+    Args:
+        deterministic: runtime.deterministic, under which TensorFlow refuses its own clock; Python's takes longer.
     """
-    if framework.is_op_determinism_enabled():
+    if deterministic:
         return tf.ensure_shape(tf.numpy_function(_now_in_python, [], tf.uint32), [])
     return tf.cast(tf.cast(tf.timestamp() * TICKS, tf.int64) % WRAP, tf.uint32)
 
 
-def stamped(batches: tf.data.Dataset) -> tf.data.Dataset:
+def stamped(batches: tf.data.Dataset, *, deterministic: bool = False) -> tf.data.Dataset:
     """The same batches, each with the time at which it was ready to be taken.
 
     That the taking itself is late counts for nothing: on a busy CPU it queues behind operations that need no batch.
     """
-    return batches.map(tf.autograph.experimental.do_not_convert(lambda batch: {**batch, READY: now()})).prefetch(1)
+
+    @tf.autograph.experimental.do_not_convert
+    def stamp(batch: Batch) -> Batch:
+        return {**batch, READY: now(deterministic=deterministic)}
+
+    return batches.map(stamp).prefetch(1)
 
 
-def fetch(strategy: tf.distribute.Strategy, state: TrainState, batches: Batches) -> Batch:
+def fetch(strategy: tf.distribute.Strategy, state: TrainState, batches: Batches, *, deterministic: bool = False) -> Batch:
     """The next batch; how much later it was ready than the devices is added to `state.waited`. Runs in the graph, on the host.
 
     The loop begins a step when it has the last one's result on the host, so on a GPU too the devices are ready at the end of
     that step and not of its enqueueing. A clock has no input: the control edge holds it in its place.
     """
     with tf.device("/cpu:0"):
-        free = now()
+        free = now(deterministic=deterministic)
     with tf.control_dependencies([free]):
         batch = dict(next(batches))
     with tf.device("/cpu:0"):
@@ -113,7 +119,7 @@ def make_block(
 
     @tf.autograph.experimental.do_not_convert  # nothing in it needs that, and rewriting its source takes seconds
     def next_step() -> tf.Tensor:
-        batch = fetch(strategy, state, batches)
+        batch = fetch(strategy, state, batches, deterministic=config.runtime.deterministic)
         clock = read_clock(config, state.step)
         of_replicas = strategy.run(step, (batch, clock, stop.flag.read_value()))
         result = tf.nest.map_structure(lambda value: strategy.experimental_local_results(value)[0], of_replicas)
