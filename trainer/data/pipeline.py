@@ -200,8 +200,9 @@ class PairData:
             pair = pairs.prepare(record, self.manifest, data.image_size, data.direction, jitter, how)
             return {"input": pair.input, "target": pair.target, "index": index}
 
-        plain: Callable[[tf.Tensor, tf.Tensor, tf.Tensor], dict[str, tf.Tensor]] = tf.autograph.experimental.do_not_convert(prepare)
-        return plain
+        unchanged = tf.autograph.experimental.do_not_convert(prepare)
+        assert callable(unchanged)
+        return unchanged
 
     @contextmanager
     def naming_damage(self, split: Split, numbers: Callable[[], Iterable[int]]) -> Iterator[None]:
