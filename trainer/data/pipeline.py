@@ -32,6 +32,9 @@ class Specs:
     target: ImageSpec
 
 
+Prepare = Callable[[tf.Tensor, tf.Tensor, tf.Tensor], dict[str, tf.Tensor]]
+
+
 class PairData:
     """A prepared data set as the networks see it."""
 
@@ -193,16 +196,15 @@ class PairData:
         prepared = elements.map(self._prepare(0), num_parallel_calls=_decoders())
         return prepared.batch(batch_size).prefetch(BATCHES_AHEAD).with_options(_in_order())
 
-    def _prepare(self, jitter: int) -> Callable[[tf.Tensor, tf.Tensor, tf.Tensor], dict[str, tf.Tensor]]:
+    def _prepare(self, jitter: int) -> Prepare:
         data = self._config.data
 
         def prepare(record: tf.Tensor, how: tf.Tensor, index: tf.Tensor) -> dict[str, tf.Tensor]:
             pair = pairs.prepare(record, self.manifest, data.image_size, data.direction, jitter, how)
             return {"input": pair.input, "target": pair.target, "index": index}
 
-        unchanged = tf.autograph.experimental.do_not_convert(prepare)
-        assert callable(unchanged)
-        return unchanged
+        as_it_is: Prepare = tf.autograph.experimental.do_not_convert(prepare)
+        return as_it_is
 
     @contextmanager
     def naming_damage(self, split: Split, numbers: Callable[[], Iterable[int]]) -> Iterator[None]:
