@@ -125,7 +125,7 @@ def test_a_key_that_was_deleted_ends_with_75_and_the_issuers_reason(
 def test_on_google_cloud_the_machines_account_is_found(bucket: str, bucket_service: BucketService) -> None:
     """A machine or a pod with a service account has no key: its metadata server issues tokens, at times late."""
     bucket_service.guard()
-    bucket_service.faults(Fault("status", "GET", "default/token", times=4))
+    bucket_service.faults(Fault("status", "GET", "default/token", times=2))
     host = bucket_service.url.removeprefix("http://")
     variables = {"GCE_METADATA_HOST": host, "GCE_METADATA_IP": host, "NO_GCE_CHECK": "", "CLOUDSDK_CONFIG": "/nonexistent"}
     given = {"STORAGE_EMULATOR_HOST": "", "API_ENDPOINT_OVERRIDE": bucket_service.url, "GOOGLE_APPLICATION_CREDENTIALS": ""}
@@ -133,5 +133,5 @@ def test_on_google_cloud_the_machines_account_is_found(bucket: str, bucket_servi
     assert done.returncode == 2, done.stderr
     assert "train.batch_size: got 1000" in done.stderr.splitlines()[-1], "all that comes before it has worked"
     asked = bucket_service.requests()
-    assert [request.status for request in asked if "default/token" in request.path][:5] == [503] * 4 + [200]
-    assert {request.status for request in asked if "/b/" in request.path} <= {200, 204}
+    assert [request.status for request in asked if "default/token" in request.path][:3] == [503] * 2 + [200]
+    assert {request.status for request in asked if "/b/" in request.path} <= {200, 204, 404}, "no 401"

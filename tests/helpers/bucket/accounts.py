@@ -33,11 +33,13 @@ class Tokens:
 
 def is_for_accounts(route: str) -> bool:
     """Whether a request asks for a token, and so cannot have one."""
-    return route == TOKEN or route.startswith(METADATA)
+    return route in (TOKEN, "/") or route.startswith(METADATA)
 
 
 def metadata(path: str, tokens: Tokens | None) -> object:
     """What the metadata server of a machine on Google Cloud says of its account; None for anything else."""
+    if not path:
+        return "computeMetadata/"
     if path == "universe/universe-domain":
         return "googleapis.com"
     if path.strip("/") == "instance/service-accounts/default":

@@ -239,7 +239,7 @@ class Store:
     ROUTES = (
         ("POST", r"/batch(?:/.*)?", "batch"),
         ("POST", accounts.TOKEN, "issue"),
-        ("GET", rf"{accounts.METADATA}(.*)", "metadata"),
+        ("GET", rf"/()|{accounts.METADATA}(.*)", "metadata"),
         ("POST", r"/upload/storage/v1/b/([^/]+)/o", "upload"),
         ("PUT", r"/upload/storage/v1/b/([^/]+)/o", "continue_upload"),
         ("DELETE", r"/upload/storage/v1/b/([^/]+)/o", "cancel_upload"),
@@ -256,7 +256,7 @@ class Store:
         for method, pattern, action in self.ROUTES:
             if call.method == method and (match := re.fullmatch(pattern, call.route)):
                 try:
-                    answer: Answer = getattr(self, action)(call, *map(unquote, match.groups()))
+                    answer: Answer = getattr(self, action)(call, *(unquote(part) for part in match.groups() if part is not None))
                     return answer
                 except RefusedError as refusal:
                     return answer_error(refusal.body)
