@@ -1,52 +1,63 @@
 """The thread that ends a process whose peers hang: when it does, and when what takes long is no reason to."""
 
-import subprocess
-import sys
-
 import pytest
+
+from tests.helpers.processes import finish, start_program
 
 PROGRAM = """
 import time
-from trainer.startup import load_tensorflow
-load_tensorflow()
 from trainer.runtime import workers
-workers.LOOK_EVERY_SECONDS, workers.HURRIED_SECONDS, workers.FIRST_SECONDS = 0.05, {hurried}, {first}
+workers.LOOK_EVERY_SECONDS, workers.HURRIED_SECONDS, workers.FIRST_SECONDS = 0.02, {hurried}, {first}
 steps = iter(range(10**6))
 with workers.Watchdog({limit}, lambda: {signalled}) as dog:
     {doing}
 print("alive")
 """
+SHORT, LONG = 0.2, 60.0
+PAUSE = "time.sleep(0.7)"
 
 
-def watched(doing: str, *, limit: float = 30.0, first: float = 30.0, signalled: bool = False) -> tuple[int, str]:
-    """Exit code and output of a process that does something under a watchdog that allows half a second after a signal."""
-    program = PROGRAM.format(hurried=0.5, limit=limit, first=first, signalled=signalled, doing=doing)
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+def watched(
+    doing: str, *, limit: float = LONG, first: float = LONG, hurried: float = LONG, signalled: bool = False
+) -> tuple[int, str]:
+    """Exit code and output of a process that does something under a watchdog with these limits."""
+    program = PROGRAM.format(hurried=hurried, limit=limit, first=first, signalled=signalled, doing=doing)
+    done = finish(start_program(program), 60)
     return done.returncode, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(
-    ("signalled", "limit", "first"), [(True, 30.0, 30.0), (False, 0.5, 0.5)], ids=["after a signal", "after the limit"]
+    ("limits", "signalled", "doing", "step"),
+    [
+        ({"hurried": SHORT}, True, "", 0),
+        ({"limit": SHORT, "first": SHORT}, False, "", 0),
+        ({"limit": SHORT, "first": SHORT}, False, "dog.follow(lambda: 7);", 7),
+        ({"limit": SHORT}, False, "dog.follow(lambda: min(5, next(steps)));", 5),
+        ({"limit": SHORT, "first": SHORT}, False, "dog.leave_time();", 0),
+        ({"hurried": SHORT}, True, "exec('with dog.busy(): pass');", 0),
+    ],
+    ids=["a signal", "no first step", "one step", "no later step", "a stop that takes too long", "after a save"],
 )
-def test_a_process_without_a_step_ends_with_75(signalled: bool, limit: float, first: float) -> None:
-    code, text = watched("time.sleep(20)", signalled=signalled, limit=limit, first=first)
+def test_a_process_without_a_step_ends_with_75(limits: dict[str, float], signalled: bool, doing: str, step: int) -> None:
+    code, text = watched(f"{doing} time.sleep(60)", signalled=signalled, **limits)
     assert code == 75
-    assert "trainer: no step for 0 s after step 0: a peer hangs or is out of reach" in text
+    line = f"trainer: no step for 0 s after step {step}: a peer hangs or is out of reach; run all workers again: they go on"
+    assert text.startswith(line)
+    assert text.count("\n") == 1
 
 
 @pytest.mark.parametrize(
-    "doing",
+    ("limits", "signalled", "doing"),
     [
-        "time.sleep(0)",
-        "dog.follow(lambda: next(steps)); time.sleep(1.5)",
-        "exec('with dog.busy(): time.sleep(1.5)')",
-        "dog.leave_time(); time.sleep(1.5)",
+        ({"hurried": SHORT}, True, f"dog.follow(lambda: next(steps)); {PAUSE}"),
+        ({"hurried": SHORT}, True, f"exec('with dog.busy(): {PAUSE}')"),
+        ({"hurried": SHORT}, True, f"dog.leave_time(); {PAUSE}"),
+        ({"hurried": SHORT}, False, PAUSE),
+        ({"limit": SHORT}, False, PAUSE),
+        ({"limit": SHORT}, False, f"dog.follow(lambda: 7); {PAUSE}"),
+        ({"limit": SHORT, "first": SHORT}, False, "exec('for _ in range(70): dog.beat(); time.sleep(0.01)')"),
     ],
-    ids=["nothing", "steps", "a save", "peers that save"],
+    ids=["steps", "a save", "peers that save", "no signal", "before the first step", "restored", "evaluations"],
 )
-def test_what_is_no_hanging_peer_is_left_alone(doing: str) -> None:
-    assert watched(doing, signalled=True) == (0, "alive\n")
-
-
-def test_the_first_step_may_take_longer_than_any_later_one() -> None:
-    assert watched("time.sleep(1.5)", limit=0.5)[0] == 0
+def test_what_is_no_hanging_peer_is_left_alone(limits: dict[str, float], signalled: bool, doing: str) -> None:
+    assert watched(doing, signalled=signalled, **limits) == (0, "alive\n")
