@@ -33,7 +33,7 @@ AS_NOBODY = f"""
 from tests.helpers.users import become_nobody
 become_nobody()
 {MAIN}"""
-ME = NOBODY if os.getuid() == 0 else os.getuid()
+UID, GID = (NOBODY, NOBODY) if os.getuid() == 0 else (os.getuid(), os.getgid())
 IMPATIENT = f"""
 from trainer.train import begin
 begin.LOCK_SECONDS = 0.05
@@ -85,7 +85,7 @@ def test_a_folder_that_the_user_may_not_write_in_is_one_line(sample_folder: Path
         folder.chmod(0o555)
         done = finish(start_program(AS_NOBODY, *flags(folder / "run", *SETTINGS, data_dir=sample_folder)))
         assert list(folder.iterdir()) == []
-    advice = f"let user {ME}:{ME} write there, or choose another --model_dir"
+    advice = f"let user {UID}:{GID} write there, or choose another --model_dir"
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"trainer: {folder / 'run'}: cannot write there (Permission denied); {advice}\n"
 
@@ -99,7 +99,9 @@ def test_a_file_of_somebody_else_in_the_folder_is_one_line(sample_folder: Path) 
         done = finish(start_program(AS_NOBODY, *flags(run, *SETTINGS, data_dir=sample_folder)))
         run.chmod(0o755)
     assert (done.returncode, done.stdout) == (2, "")
-    assert re.fullmatch(rf"trainer: {run}: cannot write there \(Permission denied\); let user {ME}:{ME} write .*\n", done.stderr)
+    assert re.fullmatch(
+        rf"trainer: {run}: cannot write there \(Permission denied\); let user {UID}:{GID} write .*\n", done.stderr
+    )
 
 
 def test_a_read_only_file_system_is_one_line(sample_folder: Path, tmp_path: Path) -> None:
@@ -134,7 +136,7 @@ def strange(sample_folder: Path) -> Iterator[Strange]:
         link, run, checkpoints = folder / "mein Lauf 🦉", folder / "läuft überall 走", disk.path / "weights of the run"
         for made in (run, checkpoints):
             made.mkdir()
-            os.chown(made, ME, ME)
+            os.chown(made, UID, GID)
         link.symlink_to(run)
         (run / "checkpoints").symlink_to(checkpoints)
         done = finish(start_program(AS_NOBODY, *flags(link, *SETTINGS, data_dir=data.path)))
@@ -162,7 +164,7 @@ def test_it_names_its_folder_as_the_user_does(strange: Strange) -> None:
 def test_all_that_it_left_is_the_users(strange: Strange) -> None:
     left = [*strange.run.rglob("*"), *strange.checkpoints.rglob("*")]
     assert len(left) > 10
-    assert {(path.lstat().st_uid, path.lstat().st_gid) for path in left if not path.is_symlink()} == {(ME, ME)}
+    assert {(path.lstat().st_uid, path.lstat().st_gid) for path in left if not path.is_symlink()} == {(UID, GID)}
 
 
 def test_the_same_command_finds_it_again(strange: Strange) -> None:
