@@ -1,5 +1,6 @@
+"""The command line: flags, help, one line for each mistake, exit codes. In this process, unless the start itself is meant."""
+
 import errno
-import json
 import logging
 import os
 import re
@@ -7,19 +8,53 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
-from tests.helpers.processes import run_trainer, start_trainer
+from tests.helpers.images import write_pairs
+from tests.helpers.processes import finish, run_trainer, start_program
+from tests.helpers.settings import SMALL, flags
 from trainer import __main__ as entry
-from trainer import startup
-from trainer.arguments import FLAGS_OF, define_flags, parse
+from trainer import cluster, startup
+from trainer.arguments import COMMANDS, define_flags, parse
 from trainer.commands import resolve
 from trainer.config import Config
 from trainer.errors import UserError
 from trainer.help import help_text
+from trainer.runtime.logs import Where
+from trainer.storage.service import Patience
+
+
+class Done(NamedTuple):
+    """How a command ended, and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+Trainer = Callable[..., Done]
+
+
+@pytest.fixture
+def trainer(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Trainer]:
+    """`trainer ARGUMENTS` in this process, which is as before when the test is over."""
+    handlers = {number: signal.getsignal(number) for number in startup.STOPS}
+    monkeypatch.setattr(Patience, "seconds", Patience.seconds)
+    ours = logging.getLogger("trainer")
+    logs = ours.handlers, ours.level, ours.propagate
+
+    def run(*arguments: str) -> Done:
+        return Done(entry.told(["trainer", *arguments]), *capsys.readouterr())
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    ours.handlers, ours.level, ours.propagate = logs
+    Where.worker, Where.workers = 0, 1
 
 
 def test_list_of_flags_is_frozen() -> None:
@@ -54,22 +89,24 @@ def test_what_looks_like_an_address_never_becomes_a_local_folder(flag: str) -> N
         resolve(parse(["trainer", flag])[1])
 
 
-def quick(*arguments: str, **environment: str) -> tuple[subprocess.CompletedProcess[str], float]:
+@pytest.mark.clock
+@pytest.mark.parametrize(
+    ("arguments", "environment"),
+    [(["--help"], {}), (["--set", "train.setps=3"], {}), (["--config=nope.yaml"], {}), ([], {"TF_USE_LEGACY_KERAS": "1"})],
+)
+def test_an_answer_that_needs_no_tensorflow_comes_in_under_two_seconds(arguments: list[str], environment: dict[str, str]) -> None:
     began = time.monotonic()
-    done = run_trainer(*arguments, **environment)
-    return done, time.monotonic() - began
+    run_trainer(*arguments, cold=True, **environment)
+    assert time.monotonic() - began < 2
 
 
-@pytest.mark.clock
-def test_help_teaches_in_under_two_seconds() -> None:
-    done, seconds = quick("--help")
-    assert done.returncode == 0
-    assert seconds < 2
+def test_help_teaches(trainer: Trainer) -> None:
+    done = trainer("--help")
+    assert (done.code, done.err) == (0, "")
     for word in ("--data_dir", "train.checkpoint_every", "trainer --config=", "143"):
-        assert word in done.stdout
+        assert word in done.out
 
 
-@pytest.mark.clock
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
@@ -83,31 +120,30 @@ def test_help_teaches_in_under_two_seconds() -> None:
             ("--confg=x",),
             "trainer: Unknown command line flag 'confg'. Did you mean: config ? (`trainer --help` lists the flags)\n",
         ),
+        (
+            ("--seed=1",),
+            "trainer: trainer train takes no --seed (`trainer train --help` lists its flags); the setting is --set seed=...\n",
+        ),
+        (("evaluate",), "trainer: trainer evaluate needs --model_dir (`trainer evaluate --help` shows examples)\n"),
     ],
 )
-def test_wrong_input_is_one_line_exit_2_in_under_two_seconds(arguments: tuple[str, ...], line: str) -> None:
-    done, seconds = quick(*arguments)
-    assert (done.returncode, done.stderr, done.stdout) == (2, line, "")
-    assert seconds < 2
+def test_wrong_input_is_one_line_and_exit_2(arguments: tuple[str, ...], line: str, trainer: Trainer) -> None:
+    assert trainer(*arguments) == Done(2, "", line)
 
 
-@pytest.mark.clock
-def test_legacy_keras_is_refused_at_once() -> None:
-    done, seconds = quick(TF_USE_LEGACY_KERAS="1")
-    assert done.returncode == 2
-    assert done.stderr == "trainer: TF_USE_LEGACY_KERAS=1: this trainer is written for Keras 3; unset the variable\n"
-    assert seconds < 2
+def test_legacy_keras_is_refused(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TF_USE_LEGACY_KERAS", "1")
+    line = "trainer: TF_USE_LEGACY_KERAS=1: this trainer is written for Keras 3; unset the variable\n"
+    assert trainer() == Done(2, "", line)
 
 
-def test_without_tensorflow_the_line_says_what_to_install() -> None:
-    """Imports of TensorFlow are blocked in a real process, as if it were not there."""
-    hide = "u.find_spec = lambda name, *rest: None if name == 'tensorflow' else find(name, *rest)"
-    code = f"import sys, importlib.util as u; find = u.find_spec; {hide}; sys.argv = ['trainer']"
-    code += "; import trainer.__main__ as entry; entry.main()"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert done.stderr.startswith("trainer: TensorFlow is not installed: pip install 'pix2pix-trainer[cpu]'")
-    assert done.stderr.count("\n") == 1
+def test_without_tensorflow_the_line_says_what_to_install(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = cluster.importlib.util.find_spec
+    monkeypatch.setattr(cluster.importlib.util, "find_spec", lambda name, *rest: None if name == "tensorflow" else find(name))
+    done = trainer()
+    assert done.code == 2
+    assert done.err.startswith("trainer: TensorFlow is not installed: pip install 'pix2pix-trainer[cpu]'")
+    assert done.err.count("\n") == 1
 
 
 def test_an_error_that_nobody_foresaw_ends_at_once_with_its_traceback() -> None:
@@ -120,16 +156,16 @@ def test_an_error_that_nobody_foresaw_ends_at_once_with_its_traceback() -> None:
     assert done.stderr.endswith("ZeroDivisionError: division by zero\n")
 
 
-def test_missing_data_leaves_nothing_behind(tmp_path: Path) -> None:
-    done = run_trainer(f"--data_dir={tmp_path}/nope", f"--model_dir={tmp_path}/run")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(f"trainer: {tmp_path}/nope: no such data folder")
+def test_missing_data_leaves_nothing_behind(trainer: Trainer, tmp_path: Path) -> None:
+    done = trainer(f"--data_dir={tmp_path}/nope", f"--model_dir={tmp_path}/run", "--dry_run")
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith(f"trainer: {tmp_path}/nope: no such data folder")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_dry_run_tells_networks_data_and_plan_and_writes_nothing(tmp_path: Path) -> None:
-    done = run_trainer("--dry_run", f"--model_dir={tmp_path}/run", "--set", "model.generator.filters=64")
-    assert done.returncode == 0
+def test_dry_run_tells_networks_data_and_plan_and_writes_nothing(trainer: Trainer, tmp_path: Path) -> None:
+    done = trainer("--dry_run", f"--model_dir={tmp_path}/run", "--set", "model.generator.filters=64")
+    assert done.code == 0
     assert list(tmp_path.iterdir()) == []
     for line in (
         "generator: 54,414,531 parameters",
@@ -138,31 +174,52 @@ def test_dry_run_tells_networks_data_and_plan_and_writes_nothing(tmp_path: Path)
         "train         40 pairs",
         "1,400 steps of batch size 1",
     ):
-        assert line in done.stdout
+        assert line in done.out
 
 
-def test_help_of_a_command_lists_its_flags_and_no_others() -> None:
-    for command, names in FLAGS_OF.items():
-        text = help_text(define_flags(), command)
-        assert [name for name in names if f"  --{name} " not in text] == []
-    assert "--thumbnails" not in help_text(define_flags(), "predict")
+@pytest.mark.parametrize(("seconds", "verdict"), [("60", "fits"), ("1", "is too short")])
+def test_a_dry_run_says_whether_a_stop_has_the_time_to_save(
+    seconds: str, verdict: str, trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of each parameter a stop saves itself and two moments, in 4 bytes each."""
+    monkeypatch.setenv("TRAINER_GRACE_SECONDS", seconds)
+    done = trainer("--dry_run", *flags(tmp_path / "run", *SMALL))
+    assert done.code == 0, done.err
+    trained = sum(int(number.replace(",", "")) for number in re.findall(r"^\w+: ([\d,]+) parameters", done.out, re.MULTILINE))
+    line = rf"  a stop saves {trained * 12 / 1e6:.0f} MB: about \d+\.\d s at the [\d,]+ MB/s measured here"
+    assert re.search(line + rf"; the grace period of {seconds} s .* {verdict}", done.out)
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_a_flag_of_another_command_is_refused() -> None:
-    with pytest.raises(UserError, match="trainer evaluate takes no --seed"):
-        parse(["trainer", "evaluate", "--model_dir=x", "--seed=3"])
+def is_taken(command: str, flag: str) -> bool:
+    value = {"split": "val", "labels": "both", "layout": "list", "inference": "paper", "checkpoint": "best", "strategy": "tpu"}
+    switch = flag in ("skip_bad", "dry_run")
+    number = flag in ("processes", "shard_mb", "seed")
+    try:
+        parse(["trainer", command, f"--{flag}" if switch else f"--{flag}={value.get(flag, 7 if number else 'x')}"])
+    except UserError as error:
+        assert "takes no" in str(error)
+        return False
+    return True
 
 
-def test_a_reader_that_goes_away_is_no_traceback() -> None:
-    """As in `trainer --help | head -1`, with so much output that the pipe is full."""
-    command = f"{sys.executable} -m trainer --help | head -1"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
-    assert done.stdout.startswith("trainer [COMMAND]")
-    assert "Traceback" not in done.stderr
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_command_lists_the_flags_that_it_takes_and_no_others(command: str) -> None:
+    everywhere = {"help", "version", "log_format"}
+    names = [name for name in define_flags() if len(name) > 1 and name not in everywhere]
+    listed = set(re.findall(r"^  --(\w+) ", help_text(define_flags(), command).partition("\nFlags:\n")[2], re.MULTILINE))
+    taken = {name for name in names if is_taken(command, name)}
+    assert taken == listed - everywhere if command != "train" else taken <= listed
 
 
-@pytest.mark.parametrize("flag", ["--version", "--log_format=json"])
+def test_help_after_a_command_is_that_of_the_command(trainer: Trainer) -> None:
+    assert trainer("predict", "--help").out.startswith("trainer predict: ")
+    assert trainer("--help").out.startswith("trainer [COMMAND] [flags]: ")
+
+
+@pytest.mark.parametrize("flag", ["--help", "--log_format=json"])
 def test_a_reader_who_is_gone_does_not_change_the_exit_code(flag: str) -> None:
+    """As in `trainer ... | head`: the pipe has no reader any more, so that every write meets EPIPE."""
     reading, writing = os.pipe()
     os.close(reading)
     command = [sys.executable, "-m", "trainer", "--version", flag]
@@ -171,57 +228,48 @@ def test_a_reader_who_is_gone_does_not_change_the_exit_code(flag: str) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-SLOW = """
-import time
-print("loading", flush=True)
-time.sleep(60)
+STOPS_WITHOUT_A_READER = """
+import os, sys
+from trainer.__main__ import told
+reading, writing = os.pipe()
+os.close(reading)
+os.dup2(writing, 2)
+sys.exit(told(["trainer", "--speed=3"]))
 """
 
 
-@pytest.mark.parametrize("number", startup.STOPS)
-@pytest.mark.parametrize("log_format", ["text", "json"])
-@pytest.mark.parametrize("module", ["absl", "tensorflow"])
-def test_a_stop_while_something_is_imported_is_one_line(
-    module: str, log_format: str, number: signal.Signals, tmp_path: Path
-) -> None:
-    """absl is among the first that are imported, TensorFlow the last, and with json in the child."""
-    (tmp_path / f"{module}.py").write_text(SLOW)
-    process = start_trainer(f"--log_format={log_format}", f"--model_dir={tmp_path}/run", PYTHONPATH=str(tmp_path))
-    assert process.stdout is not None
-    assert "loading" in process.stdout.readline()
-    process.send_signal(number)
-    out, err = process.communicate(timeout=20)
-    assert process.returncode == 143
-    line = f"trainer: {number.name}: stopped; the same command begins again, or goes on from what is saved"
-    if log_format == "text":
-        assert (out, err) == ("", line + "\n")
-    else:
-        found = json.loads(out)
-        assert list(found) == ["severity", "time", "step", "worker", "message"]
-        assert (found["severity"], found["message"], err) == ("WARNING", line, "")
+def test_a_mistake_that_nobody_reads_of_keeps_its_exit_code() -> None:
+    assert finish(start_program(STOPS_WITHOUT_A_READER)).returncode == 2
 
 
-def test_a_signal_that_is_ignored_stays_so(tmp_path: Path) -> None:
-    """As in `nohup` and in the background of a shell's script."""
-    (tmp_path / "absl.py").write_text(SLOW)
-    program = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); from trainer.__main__ import main; main()"
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, env=environment)
-    assert process.stdout is not None
-    process.stdout.readline()
-    process.send_signal(signal.SIGINT)
-    with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(1)
-    process.kill()
-    process.communicate()
+HANGS_UP = """
+import os, signal, sys
+from trainer.__main__ import main
+from trainer.data import prepare
+write_one, written = prepare.write_one, []
+
+def hang_up(*given):
+    if len(written) == 2:
+        os.kill(os.getpid(), signal.SIGHUP)
+    written.append(1)
+    return write_one(*given)
+
+prepare.write_one = hang_up
+main()
+"""
 
 
-@pytest.fixture
-def handlers() -> Iterator[None]:
-    old = {number: signal.getsignal(number) for number in startup.STOPS}
-    yield
-    for number, handler in old.items():
-        signal.signal(number, handler)
+def test_prepare_goes_on_after_its_terminal_hung_up(tmp_path: Path) -> None:
+    """It ends at once, as any program does; the same command goes on, and makes what it would have made."""
+    write_pairs(tmp_path / "pictures", 9)
+    command = ["prepare", f"--source={tmp_path}/pictures", "--split_percent=40,30,30", "--processes=1"]
+    done = finish(start_program(HANGS_UP, *command, f"--output={tmp_path}/data"))
+    assert done.returncode == -signal.SIGHUP
+    assert not (tmp_path / "data" / "dataset.json").exists()
+    assert run_trainer(*command, f"--output={tmp_path}/data").returncode == 0
+    assert run_trainer(*command, f"--output={tmp_path}/whole/data").returncode == 0
+    made = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("data", "whole/data")]
+    assert made[0] == made[1]
 
 
 ADVICE = "; let user {} read and write there, or choose another place"
@@ -238,73 +286,30 @@ ADVICE = "; let user {} read and write there, or choose another place"
     ],
 )
 def test_an_error_of_the_system_is_a_line_with_advice(
-    number: int, code: int, advice: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], handlers: None
+    number: int, code: int, advice: str, monkeypatch: pytest.MonkeyPatch, trainer: Trainer
 ) -> None:
     def fails(argv: list[str]) -> str:
         raise OSError(number, os.strerror(number), "/x")
 
     monkeypatch.setattr(entry, "run", fails)
-    assert entry.told(["trainer"]) == code
     user = f"{os.getuid()}:{os.getgid()}"
-    assert capsys.readouterr().err == f"trainer: /x: {os.strerror(number)}{advice.format(user)}\n"
+    assert trainer() == Done(code, "", f"trainer: /x: {os.strerror(number)}{advice.format(user)}\n")
 
 
-@pytest.mark.parametrize(
-    ("told", "devices", "answers", "said"),
-    [
-        ({}, ["accel0"], True, ""),
-        ({}, ["vfio/0"], True, ""),
-        ({}, [], True, "no TPU is visible"),
-        ({}, ["vfio/vfio", "accelerator"], True, "no TPU is visible"),
-        ({}, ["accel0"], False, "the metadata server of Google Cloud does not answer"),
-        ({"TPU_NAME": "local"}, [], False, "no TPU is visible"),
-        ({"TPU_WORKER_ID": "0"}, [], False, ""),
-        ({"TPU_SKIP_MDS_QUERY": "false"}, [], False, ""),
-    ],
-)
-def test_libtpu_asks_for_a_tpu_only_where_there_can_be_an_answer(
-    told: dict[str, str], devices: list[str], answers: bool, said: str, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
-    for name in devices:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    find, environment = startup._devices_of_a_tpu, dict(told)
-    monkeypatch.setattr(startup, "_devices_of_a_tpu", lambda: find(tmp_path))
-    monkeypatch.setattr(startup, "_metadata_server_answers", lambda: answers)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "libtpu" or None)
-    monkeypatch.setattr("os.environ", environment)
-    logging.getLogger("trainer").propagate = True
-    startup.look_for_no_tpu_in_vain()
-    assert environment == told | ({"TPU_SKIP_MDS_QUERY": "1"} if said else {})
-    assert (said in caplog.text) if said else not caplog.records
-
-
-def test_where_there_is_no_software_for_tpus_nothing_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.environ", {})
-    startup.look_for_no_tpu_in_vain()
-    assert os.environ == {}
-
-
-def test_of_several_workers_only_the_chief_runs_another_command(tmp_path: Path) -> None:
+def test_of_several_workers_only_the_chief_runs_another_command(
+    trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = '{"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": 1}}'
-    done = run_trainer("evaluate", f"--model_dir={tmp_path}", TF_CONFIG=config)
-    assert done.returncode == 0
-    assert done.stdout == "worker 1: this command works in one process, the chief's; nothing to do here\n"
+    monkeypatch.setenv("TF_CONFIG", config)
+    line = "worker 1: this command works in one process, the chief's; nothing to do here\n"
+    assert trainer("evaluate", f"--model_dir={tmp_path}") == Done(0, line, "")
 
 
-def test_a_flag_that_is_a_setting_is_pointed_to() -> None:
-    done = run_trainer("--seed=1")
-    assert done.returncode == 2
-    assert done.stderr.strip().endswith("lists its flags); the setting is --set seed=...")
-
-
-@pytest.mark.parametrize(("seconds", "verdict"), [("60", "fits"), ("1", "is too short")])
-def test_a_dry_run_says_whether_a_stop_has_the_time_to_save(seconds: str, verdict: str, tmp_path: Path) -> None:
-    done = run_trainer("--dry_run", f"--model_dir={tmp_path}/run", TRAINER_GRACE_SECONDS=seconds)
-    assert done.returncode == 0, done.stderr
-    line = (
-        rf"  a stop saves 97 MB: about \d+\.\d s at the [\d,]+ MB/s measured here; the grace period of {seconds} s .* {verdict}"
-    )
-    assert re.search(line, done.stdout)
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize("number", startup.STOPS)
+def test_a_stop_of_a_command_that_does_not_train_is_one_line(
+    number: signal.Signals, trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(entry, "run", lambda argv: os.kill(os.getpid(), number))
+    done = trainer("check")
+    assert (done.code, done.out, done.err.count("\n")) == (143, "", 1)
+    assert done.err.startswith(f"trainer: {number.name}: stopped; ")

@@ -1,22 +1,27 @@
 """--log_format=json: every line of the process, from Python, C++ or a crash, as one object; signals and codes pass through."""
 
 import json
+import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from tests.helpers.damage import flip_in_record
-from tests.helpers.processes import run_trainer, start_trainer
+from tests.helpers.processes import finish, run_trainer, start_program, start_trainer
+from tests.helpers.runs import wait_for_step
 from tests.helpers.settings import SMALL
+from tests.helpers.waiting import wait_until
 from trainer import relay
 from trainer.relay import entries
 from trainer.runtime.logs import Where, entry
+from trainer.startup import STOPS
 
 FIELDS = ["severity", "time", "step", "worker", "message"]
 
@@ -29,10 +34,19 @@ def flags(folder: Path, *overrides: str) -> list[str]:
     return [f"--model_dir={folder}", "--log_format=json", *(f"--set={setting}" for setting in (*SMALL, *overrides))]
 
 
-def test_a_run_is_told_in_objects_and_nothing_else(tmp_path: Path) -> None:
-    done = run_trainer(*flags(tmp_path / "run", "train.steps=12", "train.evaluate_every=6"))
-    assert (done.returncode, done.stderr) == (0, "")
-    lines = objects(done.stdout)
+# The relay's child without the relay, which would start it cold; what the relay makes of its lines is `entries`.
+CHILD = "import sys; from trainer.__main__ import told; sys.exit(told(sys.argv))"
+
+
+def told_in_objects(*arguments: str, program: str = CHILD, **environment: str) -> tuple[int, list[dict[str, object]]]:
+    done = finish(start_program(program, *arguments, merged=True, **environment))
+    return done.returncode, list(entries(done.stdout.splitlines(keepends=True)))
+
+
+def test_a_run_is_told_in_objects_and_nothing_else(tmp_path: Path, where: None) -> None:
+    settings = ("train.steps=12", "train.evaluate_every=6", "data.image_size=[32,32]")
+    code, lines = told_in_objects(*flags(tmp_path / "run", *settings))
+    assert code == 0, lines
     assert all(list(line) == FIELDS for line in lines)
     assert {line["severity"] for line in lines} == {"INFO"}
     assert {line["worker"] for line in lines} == {0}
@@ -40,40 +54,94 @@ def test_a_run_is_told_in_objects_and_nothing_else(tmp_path: Path) -> None:
     assert str(lines[-1]["message"]).startswith("test L1 ")
 
 
-def test_a_mistake_is_the_last_object(tmp_path: Path) -> None:
-    done = run_trainer(*flags(tmp_path / "run", "train.batch_size=99"))
-    assert (done.returncode, done.stderr) == (2, "")
-    last = objects(done.stdout)[-1]
-    assert last["severity"] == "ERROR"
-    assert re.fullmatch(r"trainer: .+: train\.batch_size: got 99, allowed: up to the 40 training pairs", str(last["message"]))
+def test_a_mistake_is_the_last_object(tmp_path: Path, where: None) -> None:
+    code, lines = told_in_objects(*flags(tmp_path / "run", "train.batch_size=99"))
+    assert (code, lines[-1]["severity"]) == (2, "ERROR")
+    assert re.fullmatch(
+        r"trainer: .+: train\.batch_size: got 99, allowed: up to the 40 training pairs", str(lines[-1]["message"])
+    )
+
+
+def test_a_wrong_flag_is_told_in_the_form_that_was_asked_for() -> None:
     wrong = run_trainer("--log_format=json", "--speed=3")
     assert (wrong.returncode, wrong.stderr) == (2, "")
-    assert "--help" in str(objects(wrong.stdout)[-1]["message"])
+    (last,) = objects(wrong.stdout)
+    assert last["severity"] == "ERROR"
+    assert "--help" in str(last["message"])
 
 
-def test_the_last_object_names_a_damaged_record_and_what_to_do(sample_folder: Path, tmp_path: Path) -> None:
+def test_the_last_object_names_a_damaged_record_and_what_to_do(sample_folder: Path, tmp_path: Path, where: None) -> None:
     data = Path(shutil.copytree(sample_folder, tmp_path / "data"))
     damaged = flip_in_record(data, "train", 3)
-    done = run_trainer(*flags(tmp_path / "run", "train.steps=40"), f"--data_dir={data}")
-    assert (done.returncode, done.stderr) == (2, "")
-    last = objects(done.stdout)[-1]
+    code, lines = told_in_objects(*flags(tmp_path / "run", "train.steps=40", "data.image_size=[32,32]"), f"--data_dir={data}")
     what = f"{damaged}: the record's checksum does not match its bytes"
-    assert last["severity"] == "ERROR"
-    assert last["message"] == f"trainer: {what}; copy the shard again, or prepare the data again"
+    assert (code, lines[-1]["severity"]) == (2, "ERROR")
+    assert lines[-1]["message"] == f"trainer: {what}; copy the shard again, or prepare the data again"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_passes_through_and_its_answer_comes_out(number: signal.Signals, tmp_path: Path) -> None:
-    process = start_trainer(*flags(tmp_path / "run", "train.steps=100000", "train.evaluate_every=0", "train.checkpoint_every=5"))
+def wait_for_training(process: subprocess.Popen[str]) -> None:
     assert process.stdout is not None
     while "training on" not in process.stdout.readline():
         assert process.poll() is None
-    process.send_signal(number)
+
+
+ENDLESS = ("train.steps=100000", "train.evaluate_every=0", "train.checkpoint_every=5")
+
+
+def test_a_signal_passes_through_and_its_answer_comes_out(tmp_path: Path) -> None:
+    process = start_trainer(*flags(tmp_path / "run", *ENDLESS))
+    wait_for_training(process)
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout is not None
     rest = process.stdout.read()
     assert process.wait(60) == 143
     last = objects(rest)[-1]
-    assert f"trainer: {number.name}: stopped" in str(last["message"])
+    assert "trainer: SIGTERM: stopped" in str(last["message"])
     assert last["severity"] == "WARNING"
+
+
+# What the console script makes of its child, but for what a command does: it says who it is, and waits.
+CHILD_THAT_WAITS = """
+import os, sys, time
+from trainer import __main__ as entry
+entry.told = lambda argv: print(os.getpid(), flush=True) or time.sleep(600)
+entry.relayed()
+"""
+RELAY_OF_IT = f"import sys; from trainer import relay; relay.CHILD = {CHILD_THAT_WAITS!r}; sys.exit(relay.relay(sys.argv))"
+
+
+def is_there(number: int) -> bool:
+    """Whether a process runs; one that has ended and was not waited for does not."""
+    status = Path(f"/proc/{number}/stat")
+    return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def test_when_the_relay_is_killed_its_child_ends() -> None:
+    """It would go on training unseen, and hold the run's lock."""
+    process = start_program(RELAY_OF_IT)
+    assert process.stdout is not None
+    child = int(json.loads(process.stdout.readline())["message"])
+    assert is_there(child)
+    process.kill()
+    try:
+        wait_until(lambda: not is_there(child), seconds=20, what="the end of the child")
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+        process.communicate()
+
+
+@pytest.mark.slow
+def test_a_run_whose_relay_was_killed_goes_on_with_the_same_command(tmp_path: Path) -> None:
+    """The child saves as after any SIGTERM; the next one finds no lock."""
+    process = start_trainer(*flags(tmp_path / "run", *ENDLESS))
+    wait_for_training(process)
+    wait_for_step(process, tmp_path / "run", 5)
+    process.kill()
+    process.communicate()
+    done = run_trainer(*flags(tmp_path / "run", "train.steps=5"))
+    assert done.returncode == 0, done.stdout
+    assert any("going on from the checkpoint of step " in str(line["message"]) for line in objects(done.stdout))
 
 
 CRASHES = """
@@ -107,7 +175,7 @@ def where() -> Iterator[None]:
 
 @pytest.fixture
 def relayed(where: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Relayed]:
-    old = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    old = {number: signal.getsignal(number) for number in STOPS}
     yield Relayed(monkeypatch, capfd)
     for number, handler in old.items():
         signal.signal(number, handler)
@@ -143,7 +211,7 @@ time.sleep(60)
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", STOPS)
 def test_a_signal_that_was_passed_on_is_a_stop_even_if_it_kills(number: signal.Signals, relayed: Relayed) -> None:
     code, lines = relayed(HAS_NO_HANDLER.format(int(number)))
     assert code == 143
@@ -161,8 +229,7 @@ sys.exit(relay.relay(sys.argv))
 
 def test_a_reader_who_goes_away_does_not_end_the_child(tmp_path: Path) -> None:
     """As in `trainer --log_format=json | head -1`."""
-    command = [sys.executable, "-c", GOES_ON, str(tmp_path / "done")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = start_program(GOES_ON, str(tmp_path / "done"))
     assert process.stdout is not None
     assert process.stderr is not None
     process.stdout.readline()
@@ -199,9 +266,10 @@ relayed()
 """
 
 
-def test_lines_of_absl_and_of_tensorflow_are_one_object_each(relayed: Relayed, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "1")
-    code, lines = relayed(LIBRARIES_SPEAK, "--dry_run", *flags(Path("nowhere")))
+def test_lines_of_absl_and_of_tensorflow_are_one_object_each(where: None) -> None:
+    """What C++ puts before its first line, whether that comes with the import or later, is none of them."""
+    quiet = {"TF_CPP_MIN_LOG_LEVEL": "1"}
+    code, lines = told_in_objects("--dry_run", *flags(Path("nowhere")), program=LIBRARIES_SPEAK, **quiet)
     assert code == 0, lines
     assert all(list(line) == FIELDS for line in lines)
     told = [(line["severity"], line["step"], line["worker"], line["message"]) for line in lines]
@@ -219,8 +287,8 @@ def test_lines_of_absl_and_of_tensorflow_are_one_object_each(relayed: Relayed, m
 
 
 def test_at_a_start_as_text_nobody_but_the_trainer_speaks(tmp_path: Path) -> None:
-    settings = (f"--set={setting}" for setting in (*SMALL, "train.steps=4", "train.evaluate_every=0"))
-    done = run_trainer(f"--model_dir={tmp_path / 'run'}", *settings)
+    settings = (f"--set={setting}" for setting in (*SMALL, "data.image_size=[32,32]", "train.steps=4", "train.evaluate_every=0"))
+    done = run_trainer(f"--model_dir={tmp_path / 'run'}", *settings, cold=True)
     assert done.returncode == 0, done.stderr
     ours = ("strategy ", "training on ", "step ")
     assert [line for line in done.stderr.splitlines() if not line.startswith(ours)] == []
@@ -237,6 +305,7 @@ def test_at_a_start_as_text_nobody_but_the_trainer_speaks(tmp_path: Path) -> Non
         ("trainer: --set x: no", "ERROR", "trainer: --set x: no"),
         ("trainer: SIGTERM: stopped; step 3 is saved", "WARNING", "trainer: SIGTERM: stopped; step 3 is saved"),
         ("trainer: a signal to another worker: stopped; x", "WARNING", "trainer: a signal to another worker: stopped; x"),
+        ("ordinary WARNING: All", "INFO", "ordinary WARNING: All"),
         ('{"a": 1}', "INFO", '{"a": 1}'),
         ('{"severity": "ERROR", "message": "m"}', "INFO", '{"severity": "ERROR", "message": "m"}'),
         ("12", "INFO", "12"),
@@ -250,6 +319,11 @@ def test_a_line_gets_the_severity_that_it_has(line: str, severity: str, message:
 
 def said(*lines: str) -> list[tuple[str, str]]:
     return [(found["severity"], found["message"]) for found in entries(f"{line}\n" for line in lines)]
+
+
+def test_what_cpp_puts_before_its_first_line_is_left_out(where: None) -> None:
+    noise = "WARNING: All log messages before absl::InitializeLog() is called are written to STDERR"
+    assert said(noise, "W0000 00:00:1795310650.782287    9332 port.cc:153] slow") == [("WARNING", "slow")]
 
 
 OWN = json.dumps(entry("INFO", "step 1"))

@@ -464,8 +464,9 @@ def look_at_batches(config: Config, place: Place) -> tuple[Any, Any]:
     size = height + config.data.jitter, width + config.data.jitter
     if not folder.exists():
         write_pairs(folder / "pictures", PAIRS, size=size)
-        prepare(Options(str(folder / "pictures"), "side_by_side", folder / "data", percent=(100, 0, 0)), 1)
-    data = PairData(folder / "data", config)
+        prepare(Options(str(folder / "pictures"), "side_by_side", folder / "data", "input", (100, 0, 0)), 1)
+    data, kinds = PairData(folder / "data", config), ["labels", "photo"]
+    assert [spec.kind for spec in data.specs.__dict__.values()] == kinds[:: 1 if config.data.direction == "forward" else -1]
     seen = np.concatenate([levels(batch) for batch in data.training_batches(0, PAIRS // 2)])
     expected = []
     for record in np.ravel(first_epoch(config.seed, PAIRS, 2)).tolist():
