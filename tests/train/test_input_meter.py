@@ -1,9 +1,11 @@
 """The time that devices wait for input, against sleeps of known length on both sides of the queue between them."""
 
+import logging
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,17 +14,20 @@ import tensorflow as tf
 
 from tests.helpers import events
 from tests.helpers.processes import start_program
-from tests.helpers.settings import SMALL, flags, small_config
+from tests.helpers.settings import SMALL, TINY, flags, small_config
 from tests.helpers.workers import held_ports, tf_config
-from trainer.config import Config
+from trainer.config import Config, load_config
 from trainer.data.pipeline import PairData
+from trainer.runtime.meter import Fed, InputWatch
 from trainer.runtime.preemption import StopSignal
 from trainer.train import block
+from trainer.train.actions import Run
 from trainer.train.state import LOSSES, TrainState
 from trainer.train.step import StepResult
 
 STEPS = 30
 # Networks that take some 50 ms for a step: what it takes to hand a ready batch over, about 1 ms on a busy machine, is little.
+SETTINGS = load_config(None, [*TINY, "train.batch_size=2", "train.steps=100"])
 HEAVY = ("train.batch_size=8", "model.generator.filters=16", "model.discriminator.filters=16")
 
 
@@ -54,9 +59,10 @@ def sleeping_step(seconds: float) -> Callable[..., StepResult]:
     return step
 
 
-def wait_share(config: Config, data: PairData, batches: tf.data.Dataset) -> tuple[float, float]:
+def wait_share(config: Config, data: PairData, batches: tf.data.Dataset, state: TrainState) -> tuple[float, float]:
     """The measured share of a block of steps, after a first block that is not looked at; and the block's seconds."""
-    state, strategy = TrainState(config, data.specs), tf.distribute.OneDeviceStrategy("/cpu:0")
+    strategy = tf.distribute.OneDeviceStrategy("/cpu:0")
+    state.step.assign(0)
     run = block.make_block(strategy, state, config, StopSignal(), iter(block.stamped(batches)))
     run(tf.constant(3, tf.int64))
     before, began = float(state.waited.numpy()), time.perf_counter()
@@ -70,6 +76,17 @@ def ready(data: PairData) -> tf.data.Dataset:
     return data.training_batches(0, 1).cache().repeat()
 
 
+@pytest.fixture(scope="module")
+def data(sample_folder: Path) -> PairData:
+    return PairData(sample_folder, SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def state(data: PairData) -> TrainState:
+    """Networks that the sleeping steps leave as they are, so that all of them may have the same."""
+    return TrainState(SETTINGS, data.specs)
+
+
 @pytest.mark.clock
 @pytest.mark.parametrize(
     ("input_seconds", "step_seconds", "queue", "share"),
@@ -81,25 +98,59 @@ def ready(data: PairData) -> tf.data.Dataset:
     ],
 )
 def test_the_share_is_what_the_sleeps_say(
-    input_seconds: float, step_seconds: float, queue: int, share: float, small_data: PairData, monkeypatch: pytest.MonkeyPatch
+    input_seconds: float,
+    step_seconds: float,
+    queue: int,
+    share: float,
+    data: PairData,
+    state: TrainState,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(block, "train_step", sleeping_step(step_seconds))
-    config = small_config("train.batch_size=2", "train.steps=100")
-    measured, _ = wait_share(config, small_data, sleeping(ready(small_data), input_seconds, queue))
+    measured, _ = wait_share(SETTINGS, data, sleeping(ready(data), input_seconds, queue), state)
     assert measured == pytest.approx(share, abs=0.06)
 
 
 @pytest.mark.clock
+@pytest.mark.slow
 def test_under_a_real_step_it_is_what_the_step_leaves_of_the_time(sample_folder: Path) -> None:
     """The independent measure: how long the same steps take, before and after, with an input that is always ready."""
     config = small_config(*HEAVY)
     data = PairData(sample_folder, config)
-    share, before = wait_share(config, data, ready(data).prefetch(4))
+    state = TrainState(config, data.specs)
+    share, before = wait_share(config, data, ready(data).prefetch(4), state)
     assert share < 0.05
-    share, seconds = wait_share(config, data, sleeping(ready(data), 2.5 * before / STEPS))
-    _, after = wait_share(config, data, ready(data).prefetch(4))
+    share, seconds = wait_share(config, data, sleeping(ready(data), 2.5 * before / STEPS), state)
+    _, after = wait_share(config, data, ready(data).prefetch(4), state)
     assert 1.0 - max(before, after) / seconds - 0.1 < share < 1.0 - min(before, after) / seconds + 0.1
     assert share > 0.4
+
+
+def test_what_is_told_is_of_the_worker_that_waited_most_and_all_that_was_read(caplog: pytest.LogCaptureFixture) -> None:
+    """Two workers of one run, whose sums are known; the chief alone says it."""
+    logging.getLogger("trainer").propagate = True
+    fed = [Fed(10.0, 0.2, 5e6), Fed(8.0, 4.0, 3e6)]
+    told = [Run.judge_input(seen_by(index, fed)) for index in (0, 1)]
+    assert told == [{"input/wait_share": 0.5, "input/mb_per_second": pytest.approx(8.0 / 8.0)}] * 2
+    (line,) = [record.message for record in caplog.records]
+    assert line.startswith("input-bound: worker 1 waited for input for 50 % of the last 8 s, 1.0 MB/s were read; ")
+
+
+def test_before_anything_is_measured_nothing_is_told() -> None:
+    assert Run.judge_input(seen_by(0, [Fed(), Fed()])) == {}
+
+
+def seen_by(index: int, fed: list[Fed]) -> Any:
+    """What judging the input needs of a run, as one of its workers has it: the sum over the workers is that of the table."""
+    table = np.array(fed)
+
+    def add_up(values: np.ndarray) -> np.ndarray:
+        rows = values.reshape(table.shape)
+        np.testing.assert_array_equal(rows, np.where(np.arange(len(fed))[:, None] == index, table, 0.0))
+        return table.ravel()
+
+    workers = SimpleNamespace(size=len(fed), index=index, add_up=add_up)
+    return SimpleNamespace(workers=workers, meter=SimpleNamespace(end_interval=lambda: fed[index]), input_watch=InputWatch())
 
 
 SLOWED = """
@@ -130,7 +181,8 @@ def scalars(folder: Path, name: str) -> list[tuple[int, float]]:
 
 
 @pytest.mark.clock
-@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 2])
 def test_a_run_whose_reading_is_slow_says_so_once(devices: int, tmp_path: Path) -> None:
     settings = ("train.batch_size=2", "train.steps=60", "train.summary_every=20", f"runtime.cpu_devices={devices}")
     lines = lines_of(start(tmp_path, 0.12, *settings))
@@ -147,6 +199,7 @@ def test_a_run_whose_reading_is_slow_says_so_once(devices: int, tmp_path: Path) 
 
 
 @pytest.mark.clock
+@pytest.mark.slow
 def test_a_run_whose_input_is_fast_has_no_such_line(tmp_path: Path) -> None:
     lines = lines_of(start(tmp_path, 0.0, *HEAVY, "train.steps=80", "train.summary_every=40"))
     assert [line for line in lines if "input-bound" in line] == []
@@ -154,6 +207,7 @@ def test_a_run_whose_input_is_fast_has_no_such_line(tmp_path: Path) -> None:
     assert share < 0.1
 
 
+@pytest.mark.clock
 @pytest.mark.slow
 def test_the_chief_tells_of_the_worker_that_waits_most(tmp_path: Path) -> None:
     """Worker 1 reads slowly; the chief, which waits for it inside the step, would not see that by itself."""
