@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +13,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from tests.helpers.disks import small_disk
 from tests.helpers.images import encode, label, photo
-from tests.helpers.processes import run_trainer
+from tests.helpers.processes import finish, run_trainer, start_program
 from tests.helpers.settings import small_config
+from tests.helpers.users import ME, TRAINER_AS_NOBODY, folder_for_everybody
 from trainer.errors import UserError
 from trainer.export import export, stock_copy
 from trainer.model.generators import translate, unet
@@ -45,12 +49,14 @@ np.savez(work + "/out.npz", **out)
 print(json.dumps(sorted({type(layer).__module__.split(".")[0] for layer in model.layers})))
 """
 
+SIZES = [(64, 64), (50, 90), (7, 9)]
+
 
 def used(folder: Path, work: Path) -> tuple[dict[str, np.ndarray], list[str]]:
     """Load what was exported as its user would."""
     work.mkdir()
     (work / "user.py").write_text(USER)
-    for number, (size, kind) in enumerate([((64, 64), "png"), ((50, 90), "bmp"), ((7, 9), "webp")]):
+    for number, (size, kind) in enumerate(zip(SIZES, ("png", "bmp", "webp"), strict=True)):
         settings = {"lossless": True} if kind == "webp" else {}
         np.save(work / f"{number}.npy", label(number, *size))
         (work / f"{number}.file").write_bytes(encode(label(number, *size), kind, **settings))
@@ -65,12 +71,10 @@ def difference(a: np.ndarray, b: np.ndarray) -> int:
     return int(np.abs(a.astype(int) - b).max())
 
 
-def test_exports_draw_predicts_pixels_without_the_package(trained_run: TrainedRun, tmp_path: Path) -> None:
-    export(trained_run, tmp_path / "export", ["saved_model", "keras"])
-    drawn, modules = used(tmp_path / "export", tmp_path / "work")
+def test_exports_draw_predicts_pixels_without_the_package(trained_run: TrainedRun, exported: Path, tmp_path: Path) -> None:
+    drawn, modules = used(exported, tmp_path / "work")
     plain, seven = Predictor(trained_run), Predictor(trained_run, 7)
-    sizes = [(64, 64), (50, 90), (7, 9)]
-    for number, size in enumerate(sizes):
+    for number, size in enumerate(SIZES):
         expected, seeded = plain.draw(label(number, *size)), seven.draw(label(number, *size))
         np.testing.assert_array_equal(drawn[f"encoded-{number}"], expected)
         np.testing.assert_array_equal(drawn[f"encoded_seeded-{number}"], seeded)
@@ -121,3 +125,35 @@ def test_somebodys_files_are_not_written_among_and_an_export_is_replaced(trained
     assert (tmp_path / "README.md").read_text() == "mine"
     for _ in range(2):
         export(trained_run, tmp_path / "export", ["keras"])
+        assert bytes_of(tmp_path / "export").keys() == {".trainer-export", "README.md", "keras/generator.keras"}
+        (tmp_path / "export" / "keras" / "old.bin").write_bytes(b"of an older version")
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("form", ["saved_model", "keras"])
+def test_a_full_disk_leaves_the_old_export_whole(form: str, trained_run: TrainedRun, exported: Path, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", 64 << 20) as disk:
+        to = disk.path / "export"
+        shutil.copytree(exported, to)
+        before = bytes_of(to)
+        disk.fill(left=64 << 10)
+        done = run_trainer("export", f"--model_dir={trained_run.folder.path}", f"--output={to}", f"--formats={form}")
+        assert done.returncode == 1
+        assert done.stdout == ""
+        assert re.fullmatch(r"trainer: .*No space left on device.*\n", done.stderr), done.stderr
+        assert bytes_of(to) == before
+        assert len(list(to.rglob("*"))) == len(list(exported.rglob("*"))), "no folder of the try is left"
+
+
+def test_a_user_who_may_not_write_there_is_told_so(trained_run: TrainedRun) -> None:
+    with folder_for_everybody() as folder:
+        folder.chmod(0o555)
+        arguments = ["export", f"--model_dir={trained_run.folder.path}", f"--output={folder}/export", "--formats=keras"]
+        done = finish(start_program(TRAINER_AS_NOBODY, *arguments))
+        assert list(folder.iterdir()) == []
+    assert done.returncode == 2
+    advice = rf"let user {ME}:\d+ read and write there, or choose another place"
+    assert re.fullmatch(rf"trainer: {folder}/export: Permission denied; {advice}\n", done.stderr), done.stderr

@@ -1,3 +1,7 @@
+import errno
+import os
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -5,11 +9,15 @@ import psutil
 import pytest
 import tensorflow as tf
 
+from tests.helpers.damage import with_size
+from tests.helpers.disks import small_disk
 from tests.helpers.images import encode, label
-from tests.helpers.processes import run_trainer
+from tests.helpers.processes import finish, run_trainer, start_program, start_trainer
+from tests.helpers.users import ME, TRAINER_AS_NOBODY, folder_for_everybody
+from tests.helpers.waiting import wait_until
 from trainer.data import images
 from trainer.data.pipeline import PairData
-from trainer.errors import DataError
+from trainer.errors import DataError, TrainerError
 from trainer.predict import Predictor, find_jobs, pad, predict
 from trainer.train.evaluate import Evaluator
 from trainer.trained import TrainedRun, open_run
@@ -104,14 +112,16 @@ def test_nothing_to_draw_is_one_line(tmp_path: Path) -> None:
         find_jobs(str(tmp_path / "nope"))
 
 
-def test_500_pictures_of_many_sizes_do_not_grow_the_memory(trained_run: TrainedRun) -> None:
+def test_a_picture_leaves_nothing_in_memory_and_a_new_size_makes_no_new_graph(trained_run: TrainedRun) -> None:
+    """Of 150 pictures that hold 150 MB together, fewer than 15 may stay."""
     predictor, process = Predictor(trained_run), psutil.Process()
-    sizes = [(40 + 8 * number, 40 + 6 * (number % 7)) for number in range(20)]
+    pictures = [label(0, 500 + 16 * number, 600 - 16 * number) for number in range(10)]
     used = []
-    for number in range(500):
-        predictor.draw(label(number % 5, *sizes[number % 20]))
+    for number in range(200):
+        predictor.draw(pictures[number % 10])
         used.append(process.memory_info().rss)
-    assert max(used[400:]) - max(used[50:150]) < 40e6
+    assert np.median(used[-20:]) - np.median(used[30:50]) < 15 * pictures[0].nbytes
+    assert predictor._draw.experimental_get_tracing_count() == 1
 
 
 def test_the_command_draws_and_refuses_what_is_no_run(trained_run: TrainedRun, tmp_path: Path) -> None:
@@ -149,3 +159,124 @@ def test_names_of_other_scripts_are_drawn(trained_run: TrainedRun, tmp_path: Pat
     (tmp_path / name).write_bytes(encode(label(0), "png"))
     predict(trained_run, str(tmp_path), tmp_path / "out")
     assert (tmp_path / "out" / name).is_file()
+
+
+def test_links_and_spaces_are_followed_and_kept(trained_run: TrainedRun, tmp_path: Path) -> None:
+    """A picture that is a link is drawn under the link's own name; a linked folder is one as any other."""
+    original = tmp_path / "elsewhere" / "o.png"
+    original.parent.mkdir()
+    original.write_bytes(encode(label(0), "png"))
+    given = tmp_path / "in put" / "\u00fc \u753b"
+    given.mkdir(parents=True)
+    (given / "to it .png").symlink_to(original)
+    (tmp_path / "linked").symlink_to(given.parent)
+    for number, named in enumerate((given.parent, tmp_path / "linked", f"{tmp_path}/in put/*/*.png")):
+        predict(trained_run, str(named), tmp_path / f"out {number}")
+        (drawn,) = (tmp_path / f"out {number}").rglob("*.png")
+        assert drawn.relative_to(tmp_path / f"out {number}").as_posix() == "\u00fc \u753b/to it .png"
+        np.testing.assert_array_equal(pixels_of(drawn), Predictor(trained_run).draw(label(0)))
+    with pytest.raises(DataError, match="would be replaced by its drawing"):
+        predict(trained_run, str(original), tmp_path / "elsewhere")
+    (tmp_path / "back").symlink_to(original.parent)
+    with pytest.raises(DataError, match="would be replaced by its drawing"):
+        predict(trained_run, str(original), tmp_path / "back")
+
+
+def test_a_link_to_nothing_is_named_and_the_others_are_drawn(trained_run: TrainedRun, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.png").write_bytes(encode(label(0), "png"))
+    (tmp_path / "in" / "b.png").symlink_to(tmp_path / "nothing.png")
+    (tmp_path / "list.txt").write_text("in/a.png\nin/b.png\n")
+    with pytest.raises(
+        DataError, match=rf"^{tmp_path}/in/b\.png: No such file or directory\n1 of 2 pictures could not be drawn$"
+    ):
+        predict(trained_run, str(tmp_path / "list.txt"), tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").rglob("*.png")] == ["a.png"]
+
+
+def test_a_picture_of_more_than_100_million_pixels_is_named_and_the_others_drawn(trained_run: TrainedRun, tmp_path: Path) -> None:
+    """By its header, before its pixels are made."""
+    (tmp_path / "large.png").write_bytes(with_size(encode(label(0), "png"), 10_001))
+    (tmp_path / "small.png").write_bytes(encode(label(0), "png"))
+    with pytest.raises(
+        DataError, match=r"large\.png: (10001x10001 is )?more than 100,000,000 pixels; make it smaller or cut it into tiles"
+    ):
+        predict(trained_run, str(tmp_path), tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["small.png"]
+
+
+def test_two_at_the_same_time_write_whole_drawings_into_one_folder(trained_run: TrainedRun, tmp_path: Path) -> None:
+    """Both are in the middle of their work when either goes on: a picture of each comes through a pipe, when we say so."""
+    processes = []
+    for number in range(2):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        os.mkfifo(folder / "late.png")
+        for name in ("same.png", f"own{number}.png"):
+            (folder / name).write_bytes(encode(label(5), "png"))
+        (folder / "list.txt").write_text(f"late.png\nsame.png\nown{number}.png\n")
+        run, given = f"--model_dir={trained_run.folder.path}", f"--input={folder}/list.txt"
+        processes.append(start_trainer("predict", run, given, f"--output={tmp_path}/out"))
+    pipes: list[int] = []
+    for number, process in enumerate(processes):
+        wait_until(lambda at=number: opened(tmp_path / str(at) / "late.png", pipes), process)
+    for pipe in pipes:
+        with os.fdopen(pipe, "wb") as writer:
+            writer.write(encode(label(6), "png"))
+    for process in processes:
+        done = finish(process)
+        assert (done.returncode, done.stderr) == (0, "")
+    drawn = {path.name: pixels_of(path) for path in (tmp_path / "out").iterdir()}
+    assert drawn.keys() == {"late.png", "same.png", "own0.png", "own1.png"}
+    predictor = Predictor(trained_run)
+    for name, pixels in drawn.items():
+        np.testing.assert_array_equal(pixels, predictor.draw(label(6 if name == "late.png" else 5)))
+
+
+def opened(pipe: Path, pipes: list[int]) -> bool:
+    """Open a pipe for writing, if somebody reads from it."""
+    try:
+        pipes.append(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
+    except OSError as error:
+        assert error.errno == errno.ENXIO
+        return False
+    os.set_blocking(pipes[-1], True)
+    return True
+
+
+def test_a_user_who_may_not_write_there_is_told_so(trained_run: TrainedRun, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(encode(label(0), "png"))
+    with folder_for_everybody() as folder:
+        shutil.copytree(trained_run.folder.path, folder / "run")
+        folder.chmod(0o555)
+        arguments = ["predict", f"--model_dir={folder}/run", f"--input={tmp_path}/a.png", f"--output={folder}/out"]
+        done = finish(start_program(TRAINER_AS_NOBODY, *arguments))
+        folder.chmod(0o755)
+        assert [path.name for path in folder.iterdir()] == ["run"]
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    advice = rf"let user {ME}:\d+ read and write there, or choose another place"
+    assert re.fullmatch(rf"trainer: {folder}/out: Permission denied; {advice}\n", done.stderr), done.stderr
+
+
+def test_a_full_disk_is_named_and_leaves_no_part_of_a_drawing(trained_run: TrainedRun, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(encode(label(0, 300, 300), "png"))
+    with small_disk(tmp_path / "disk", 1 << 20) as disk:
+        (disk.path / "out").mkdir()
+        disk.fill(left=4096)
+        done = run_trainer(
+            "predict", f"--model_dir={trained_run.folder.path}", f"--input={tmp_path}/a.png", f"--output={disk.path}/out"
+        )
+        assert list((disk.path / "out").iterdir()) == []
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(r"trainer: .*disk/out.*: No space left on device\n", done.stderr), done.stderr
+
+
+def test_a_checkpoint_that_went_away_meanwhile_is_named(trained_run: TrainedRun, tmp_path: Path) -> None:
+    """Training goes on in the folder, and removes the old checkpoint after it was chosen."""
+    run = open_run(Path(shutil.copytree(trained_run.folder.path, tmp_path / "run")))
+    for path in (tmp_path / "run" / "checkpoints").glob(f"{run.marker.prefix}*"):
+        path.unlink()
+    with pytest.raises(
+        TrainerError, match=rf"^{tmp_path}/run/checkpoints/step-00000024-1: cannot be read, or is gone .*; try again$"
+    ):
+        Predictor(run)

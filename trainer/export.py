@@ -8,7 +8,8 @@ import tensorflow as tf
 
 from trainer.config import ModelConfig
 from trainer.data.pairs import decode_image, from_unit_range, to_unit_range
-from trainer.errors import UserError
+from trainer.data.split import plain
+from trainer.errors import TrainerError, UserError
 from trainer.model.generators import translate
 from trainer.model.layers import BatchNorm, InstanceNorm, KeyedDropout, inference_keys
 from trainer.model_card import model_card
@@ -169,8 +170,14 @@ def export_for_serving(run: TrainedRun, folder: Place) -> str:
     """Write the SavedModel, and nothing beside it, into a folder that holds nothing else; return where it is.
 
     At no moment is there a part of it that can be loaded, in a bucket either: saved_model.pb goes first and comes last.
+
+    Raises:
+        TrainerError: it could not be written, for lack of room for example; what was there is untouched.
     """
     with replacing_folder(folder, key_file="saved_model.pb") as written:
         served = Served(run)
-        tf.saved_model.save(served, str(written), signatures=served.signatures())
+        try:
+            tf.saved_model.save(served, str(written), signatures=served.signatures())
+        except tf.errors.OpError as error:
+            raise TrainerError(f"{folder}: the SavedModel could not be written: {plain(error)}") from error
     return f"SavedModel  {folder}"

@@ -10,7 +10,8 @@ from trainer.cluster import VertexFolders
 from trainer.config import Config
 from trainer.data.pipeline import Specs
 from trainer.data.records import ImageSpec
-from trainer.errors import UserError
+from trainer.data.split import plain
+from trainer.errors import TrainerError, UserError
 from trainer.model.generators import depth_for, unet
 from trainer.runtime.bucket_checkpoints import checkpoints_in
 from trainer.runtime.folders import open_folder
@@ -54,17 +55,22 @@ class TrainedRun:
 
         Raises:
             UserError: the checkpoint is of another network.
+            TrainerError: it cannot be read; a run that goes on may have removed it.
         """
         config, specs = self.config, self.specs
         channels = (specs.input.channels, specs.target.channels)
         network = unet(config.model, config.data.image_size, *channels, config.seed, any_size=any_size)
         which = "averaged" if config.train.ema_decay else "generator"
+        where = self.folder.checkpoints / self.marker.prefix
         try:
             with checkpoints_in(self.folder.checkpoints, config.train.keep).reading(self.marker) as prefix:
                 tf.train.Checkpoint(**{which: network}).read(prefix).assert_existing_objects_matched().expect_partial()
         except AssertionError as error:
-            where = self.folder.checkpoints / self.marker.prefix
             raise UserError(f"{where}: is not a checkpoint of this generator") from error
+        except tf.errors.OpError as error:
+            raise TrainerError(
+                f"{where}: cannot be read, or is gone because training goes on: {plain(error)}; try again"
+            ) from error
         return network
 
 
