@@ -13,6 +13,15 @@ from tests.helpers.waiting import wait_until
 
 LOOPBACK = "127.0.0.1"
 LISTENS, TALKS = "0A", "01"  # states of a socket in /proc/net/tcp
+# TensorFlow's own is 10 s, and only by it does the chief learn of a death between two steps.
+NOTICED_SOON = """
+from tensorflow.compiler.xla.tsl.protobuf.coordination_config_pb2 import CoordinatedJob
+from tensorflow.python.eager import context
+context.context().configure_coordination_service(
+    "standalone", "/job:worker/replica:0/task:0", heartbeat_timeout_in_ms=3000,
+    coordinated_jobs=[CoordinatedJob(name="worker", num_tasks=2)]
+)
+"""
 AND_TRAIN = "\nfrom trainer.__main__ import main\nmain()\n"
 
 
@@ -64,13 +73,13 @@ def tf_config(ports: list[int], index: int) -> str:
 class Workers:
     """`trainer ARGUMENTS` on each of several workers; their lines go to files, which a test can watch."""
 
-    def __init__(self, logs: Path, *arguments: str, count: int = 2, only: tuple[int, ...] | None = None) -> None:
+    def __init__(self, logs: Path, *arguments: str, count: int = 2, only: tuple[int, ...] | None = None, first: str = "") -> None:
         self._holds = [hold() for _ in range(count)]
         self.ports = [one.getsockname()[1] for one in self._holds]
         self.logs = logs
         self.processes: dict[int, subprocess.Popen[str]] = {}
         for index in range(count) if only is None else only:
-            self.start(index, *arguments)
+            self.start(index, *arguments, first=first)
 
     def start(self, index: int, *arguments: str, first: str = "", **environment: str) -> subprocess.Popen[str]:
         """Start one of them, which does what the program `first` says before it is the trainer."""
