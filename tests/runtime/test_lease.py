@@ -210,16 +210,6 @@ def test_a_bucket_that_is_away_does_not_end_the_lease(folder: BucketPath, bucket
     assert keys(str(folder)) == []
 
 
-def test_a_save_of_a_sleeper_is_taken_back_as_a_whole(folder: BucketPath, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And one that may be listed by now is not: only the next start can know."""
-    monkeypatch.setattr(module, "BEAT_SECONDS", 1000.0)
-    sleeper = BucketCheckpoints(folder / "checkpoints", 2, Lease(folder / ".lease", replace(ELSEWHERE, job="job")).take())
-    BucketCheckpoints(folder / "checkpoints", 2, Lease(folder / ".lease", this_process("job")).take())
-    with pytest.raises(LostClaimError):
-        saved(sleeper, 10)
-    assert list((folder / "checkpoints").listing()) == ["checkpoints.json"]
-
-
 def test_a_writer_that_slept_cannot_move_the_list_of_its_successor(folder: BucketPath, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody tells it: its lease thread sleeps too. The list's generation alone keeps it out, and what it uploaded goes."""
     monkeypatch.setattr(module, "BEAT_SECONDS", 1000.0)

@@ -7,7 +7,7 @@ import google_crc32c
 import pytest
 from google.api_core.exceptions import PreconditionFailed
 
-from tests.helpers.bucket.answers import UNAVAILABLE, forbidden, retained
+from tests.helpers.bucket.answers import QUANTUM, UNAVAILABLE, Action, forbidden, retained
 from tests.helpers.bucket.faults import Fault, refuse
 from tests.helpers.bucket.service import BucketService
 from trainer.errors import BucketAwayError, BucketRefusedError, ExitCode, UserError
@@ -20,7 +20,7 @@ CONTENT = bytes(range(256)) * 4000
 
 @pytest.fixture
 def folder(bucket: str, monkeypatch: pytest.MonkeyPatch) -> BucketPath:
-    monkeypatch.setattr(Patience, "seconds", 4.0)
+    monkeypatch.setattr(Patience, "seconds", 30.0)
     return parse(f"{bucket}/some/folder")
 
 
@@ -62,6 +62,16 @@ def test_a_folder_is_what_its_objects_begin_with(folder: BucketPath) -> None:
     assert [path.name for path in folder.glob("*.png")] == ["a.png"]
     assert list(folder.listing()) == ["a.png", "b.jpg", "deeper/c.png"]
     assert sizes_in(folder) == {"a.png": 4, "b.jpg": 4}
+
+
+def test_a_list_of_many_pages_is_read_to_its_end(folder: BucketPath, bucket_service: BucketService) -> None:
+    """And it asks for no more of each object than is needed: a page of a thousand is 100 KB and not 900."""
+    sent = {f"{number}.png": (folder / f"{number}.png").write_bytes(b"1" * number) for number in range(8)}
+    bucket_service.clear()
+    bucket_service.limit_pages(3)
+    assert folder.listing() == sent
+    assert bucket_service.count() == 3
+    assert all("fields=items(name,size,crc32c,generation,updated)" in request.path for request in bucket_service.requests())
 
 
 def test_what_is_not_there_is_a_missing_file(folder: BucketPath) -> None:
@@ -107,41 +117,43 @@ def test_equal_bytes_of_another_writer_are_not_taken_for_our_own(folder: BucketP
         (folder / "x").write_bytes(b"after", before.generation)
 
 
-@pytest.mark.parametrize("action", ["503", "reset", "cut_upload", "lost_reply"])
-def test_a_large_upload_goes_on_where_it_was_cut(
-    action: str, folder: BucketPath, tmp_path: Path, bucket_service: BucketService
-) -> None:
-    file = tmp_path / "large"
-    file.write_bytes(CONTENT * (2 * UPLOAD_CHUNK // len(CONTENT) + 20))
-    fault = refuse(UNAVAILABLE, "PUT", "upload_id", 1) if action == "503" else Fault(action, "PUT", "upload_id")  # type: ignore[arg-type]
-    bucket_service.faults(fault)
+def resumed(file: Path, parts: int, fault: Fault, folder: BucketPath, service: BucketService) -> None:
+    """Upload a file of this many parts; one of them is sent twice, and none from the beginning."""
+    service.faults(fault)
     state = (folder / "large").upload(file, generation=0)
-    puts = [request for request in bucket_service.requests() if request.method == "PUT"]
-    assert len(puts) == 3 + 1, "three parts, one of them twice"
+    puts = [request for request in service.requests() if request.method == "PUT"]
+    assert len(puts) == parts + 1
     assert (state.size, state.crc32c) == (file.stat().st_size, google_crc32c.Checksum(file.read_bytes()).digest().hex())
 
 
-@pytest.mark.parametrize("action", ["truncate", "reset", "corrupt", "status", "stall"])
-def test_a_download_that_breaks_is_tried_again(
-    action: str, folder: BucketPath, tmp_path: Path, bucket_service: BucketService, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("action", ["status", "reset", "cut_upload", "lost_reply"])
+def test_an_upload_in_parts_goes_on_where_it_was_cut(
+    action: Action, folder: BucketPath, tmp_path: Path, bucket_service: BucketService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trainer.storage.bucket.TIMEOUT", (1.0, 0.5))
-    (folder / "x").write_bytes(CONTENT)
-    bucket_service.faults(Fault(action, "GET", "alt=media", times=2, seconds=1.0))  # type: ignore[arg-type]
-    (folder / "x").download(tmp_path / "x")
-    assert (tmp_path / "x").read_bytes() == CONTENT
+    monkeypatch.setattr("trainer.storage.bucket.UPLOAD_CHUNK", QUANTUM)
+    monkeypatch.setattr("google.cloud.storage.blob._MAX_MULTIPART_SIZE", QUANTUM)
+    (tmp_path / "large").write_bytes(CONTENT[: 2 * QUANTUM + 1000])
+    resumed(tmp_path / "large", 3, Fault(action, "PUT", "upload_id", skip=1), folder, bucket_service)
+
+
+@pytest.mark.slow
+def test_a_large_upload_goes_on_where_it_was_cut(folder: BucketPath, tmp_path: Path, bucket_service: BucketService) -> None:
+    """In the middle of a part of the real size."""
+    (tmp_path / "large").write_bytes(CONTENT * (2 * UPLOAD_CHUNK // len(CONTENT) + 20))
+    resumed(tmp_path / "large", 3, Fault("cut_upload", "PUT", "upload_id", skip=1), folder, bucket_service)
 
 
 def test_a_service_that_stays_away_is_given_up_after_the_stated_time(
     folder: BucketPath, bucket_service: BucketService, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("trainer.storage.service.SAY_AFTER_SECONDS", 0.0)
+    monkeypatch.setattr(Patience, "seconds", 1.0)
     bucket_service.faults(refuse(UNAVAILABLE))
     logging.getLogger("trainer").propagate = True
-    with pytest.raises(BucketAwayError, match=r"/x: the service answers 503 \(.*\) \(tried for 4 s; run this again") as caught:
+    with pytest.raises(BucketAwayError, match=r"/x: the service answers 503 \(.*\) \(tried for 1 s; run this again") as caught:
         (folder / "x").read_bytes()
     assert caught.value.exit_code == ExitCode.AGAIN == 75
-    assert "trying again for up to 4 s" in caplog.text
+    assert "trying again for up to 1 s" in caplog.text
 
 
 def test_one_that_comes_back_is_said_to(

@@ -3,29 +3,61 @@
 import json
 import re
 import signal
+import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.bucket.answers import forbidden
+from tests.helpers.bucket.answers import Action, forbidden
 from tests.helpers.bucket.faults import Fault, refuse
 from tests.helpers.bucket.runs import arguments, assert_same, copy_up, listed
 from tests.helpers.bucket.service import BucketService
 from tests.helpers.events import scalars
 from tests.helpers.processes import finish, run_trainer, start_trainer
-from tests.helpers.runs import last_line, newest, wait_for_step
+from tests.helpers.runs import last_line, newest, newest_step, wait_for_step
 from tests.helpers.waiting import wait_until
 from tests.test_cluster import vertex
 from trainer.runtime.checkpoints import Checkpoints
 from trainer.storage.bucket import parse
+
+SHORT = (
+    "data.image_size=[32,32]", "train.steps=45", "train.checkpoint_every=10", "train.sample_every=20", "train.evaluate_every=20",
+)  # fmt: skip
+
+
+def given(model_dir: str, data_dir: str, *overrides: str) -> list[str]:
+    """The flags of a run that saves at 10, 20, 30, 40 and 45 steps, and evaluates and draws at 20 and 40."""
+    return arguments(model_dir, data_dir, *SHORT, *overrides)
+
+
+def started_until(fault: Fault, service: BucketService, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    """A run that lives, and waits for the answer to a request."""
+    service.faults(fault)
+    process = start_trainer(*arguments, **environment)
+    wait_until(service.held, process, what="the request")
+    return process
+
+
+def killed_at(fault: Fault, service: BucketService, *arguments: str) -> None:
+    """Kill a run while it waits for the answer to a request."""
+    process = started_until(fault, service, *arguments)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL, "it was alive"
+    service.clear()
+
+
+def saving(step: int, action: Action = "hold") -> Fault:
+    """Holds the upload of a step's checkpoint."""
+    return Fault(action, "POST", rf"checkpoints/step-{step:08d}-.*\.data-")
 
 
 @pytest.fixture(scope="module")
 def local(tmp_path_factory: pytest.TempPathFactory, sample_folder: Path) -> Path:
     """The run that all others must equal, with nothing in a bucket."""
     folder = tmp_path_factory.mktemp("local") / "run"
-    done = run_trainer(*arguments(str(folder), str(sample_folder)))
+    done = run_trainer(*given(str(folder), str(sample_folder)))
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -36,69 +68,86 @@ def data(bucket: str, sample_folder: Path) -> str:
     return f"{bucket}/data"
 
 
-def test_data_and_model_in_a_bucket_give_the_bits_of_a_local_run(bucket: str, data: str, local: Path, tmp_path: Path) -> None:
+def test_data_and_model_in_a_bucket_give_the_bits_of_a_local_run(
+    bucket: str, data: str, local: Path, tmp_path: Path, bucket_service: BucketService
+) -> None:
+    bucket_service.clear()
     (temporary := tmp_path / "tmp").mkdir()
-    done = run_trainer(*arguments(f"{bucket}/run", data), TMPDIR=str(temporary))
+    done = run_trainer(*given(f"{bucket}/run", data), TMPDIR=str(temporary))
     assert done.returncode == 0, done.stderr
     assert f"pictures    {bucket}/run/samples" in done.stdout
     assert list(temporary.iterdir()) == [], "nothing of the run is left on this machine"
     assert_same(f"{bucket}/run", local, tmp_path / "copy")
-    again = run_trainer(*arguments(f"{bucket}/run", data))
+    again = run_trainer(*given(f"{bucket}/run", data))
     assert again.returncode == 0
     assert "this run is finished" in again.stdout
+    methods = {request.method for request in bucket_service.requests() if "data/" in request.path}
+    assert methods == {"GET"}, "for the data an account that may only read is enough"
     left = {name.split("/")[0] for name in parse(f"{bucket}/run").listing()}
     assert left == {"checkpoints", "config.yaml", "data.json", "metrics.jsonl", "samples", "summaries"}
 
 
 @pytest.mark.slow
-def test_a_save_takes_half_of_the_naive_49_requests_or_less(
-    bucket: str, sample_folder: Path, bucket_service: BucketService
-) -> None:
-    done = run_trainer(*arguments(f"{bucket}/run", str(sample_folder)))
+def test_a_save_takes_at_most_seven_requests(bucket: str, sample_folder: Path, bucket_service: BucketService) -> None:
+    """A plain CheckpointManager on TensorFlow's own client takes about 49."""
+    done = run_trainer(*given(f"{bucket}/run", str(sample_folder), "train.steps=120"))
     assert done.returncode == 0, done.stderr
-    saves = 120 // 15
     sent = [request for request in bucket_service.requests() if "checkpoints" in request.path]
-    assert len(sent) / saves <= 24
-    assert len(sent) / saves <= 7, "two uploads, the list, two removals, and what the start and the best one take"
+    assert len([one for one in sent if one.method == "POST" and "step-" in one.path]) == 2 * 12
+    assert len(sent) / 12 <= 7, "two uploads, the list, two removals, and what the start and the best one take"
 
 
-def test_killed_at_random_moments_it_goes_on_at_once_to_the_same_bits(
-    bucket: str, data: str, local: Path, tmp_path: Path
+def test_killed_before_the_first_checkpoint_and_in_an_upload_it_ends_with_the_same_bits(
+    bucket: str, data: str, local: Path, tmp_path: Path, bucket_service: BucketService
 ) -> None:
-    for after in (15, 60):
-        process = start_trainer(*arguments(f"{bucket}/run", data))
-        wait_for_step(process, f"{bucket}/run", after)
-        process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=30)
-    began = time.monotonic()
-    done = run_trainer(*arguments(f"{bucket}/run", data))
+    run, flags = f"{bucket}/run", given(f"{bucket}/run", data)
+    killed_at(saving(10), bucket_service, *flags)
+    assert newest_step(run) == 0
+    killed_at(saving(40, "hold_reply"), bucket_service, *flags)
+    assert newest_step(run) == 30
+    done = run_trainer(*flags)
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - began < 50, "the dead process was of this machine: nobody waits for its lease"
-    assert "going on from the checkpoint of step" in done.stderr
-    assert_same(f"{bucket}/run", local, tmp_path)
+    assert "waiting to see whether it is alive" not in done.stderr, "the dead process was of this machine"
+    assert "going on from the checkpoint of step 30" in done.stderr
+    assert_same(run, local, tmp_path)
 
 
 @pytest.mark.slow
-def test_a_stop_saves_to_the_bucket_and_gives_the_lease_back(bucket: str, data: str, local: Path, tmp_path: Path) -> None:
-    process = start_trainer(*arguments(f"{bucket}/run", data))
-    wait_for_step(process, f"{bucket}/run", 30)
+def test_killed_in_an_evaluation_it_ends_with_the_same_bits(
+    bucket: str, data: str, local: Path, tmp_path: Path, bucket_service: BucketService
+) -> None:
+    run, flags = f"{bucket}/run", given(f"{bucket}/run", data)
+    killed_at(Fault("hold", "GET", r"data/val-.*alt=media"), bucket_service, *flags)
+    assert newest_step(run) == 10, "the evaluation of step 20 comes before its checkpoint"
+    done = run_trainer(*flags)
+    assert done.returncode == 0, done.stderr
+    assert "going on from the checkpoint of step 10" in done.stderr
+    assert_same(run, local, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_stop_saves_to_the_bucket_and_gives_the_lease_back(
+    bucket: str, data: str, local: Path, tmp_path: Path, bucket_service: BucketService
+) -> None:
+    process = started_until(saving(20), bucket_service, *given(f"{bucket}/run", data))
     process.send_signal(signal.SIGTERM)
+    bucket_service.release()
     done = finish(process)
     assert done.returncode == 143, done.stderr
     assert ".lease" not in parse(f"{bucket}/run").listing()
     saved = re.search(r"step (\d+) is saved in gs://", last_line(done))
-    marker = newest(f"{bucket}/run")
     assert saved
-    assert marker
-    assert marker.step == int(saved[1])
-    assert run_trainer(*arguments(f"{bucket}/run", data)).returncode == 0
+    assert newest_step(f"{bucket}/run") == int(saved[1])
+    assert 20 <= int(saved[1]) < 45
+    assert run_trainer(*given(f"{bucket}/run", data)).returncode == 0
     assert_same(f"{bucket}/run", local, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_second_job_stops_and_names_the_first(bucket: str, data: str) -> None:
-    first = start_trainer(*arguments(f"{bucket}/run", data, "train.steps=100000"), TRAINER_JOB_UID="first-job")
-    wait_for_step(first, f"{bucket}/run", 15)
-    second = run_trainer(*arguments(f"{bucket}/run", data, "train.steps=100000"), TRAINER_JOB_UID="second-job")
+    first = start_trainer(*given(f"{bucket}/run", data, "train.steps=100000"), TRAINER_JOB_UID="first-job")
+    wait_for_step(first, f"{bucket}/run", 10)
+    second = run_trainer(*given(f"{bucket}/run", data, "train.steps=100000"), TRAINER_JOB_UID="second-job")
     assert second.returncode == 2
     assert re.search(
         r"gs://.*/run: job first-job, process \d+ on \S+ is training in it; stop it or choose another --model_dir",
@@ -110,13 +159,13 @@ def test_a_second_job_stops_and_names_the_first(bucket: str, data: str) -> None:
 
 @pytest.mark.slow
 def test_a_paused_writer_that_wakes_up_cannot_overwrite_its_successor(
-    bucket: str, data: str, local: Path, tmp_path: Path
+    bucket: str, data: str, local: Path, tmp_path: Path, bucket_service: BucketService
 ) -> None:
     """Both are tries of one job, as when a node is lost, the pod is made anew, and the node comes back."""
-    paused = start_trainer(*arguments(f"{bucket}/run", data), TRAINER_JOB_UID="the-job")
-    wait_for_step(paused, f"{bucket}/run", 30)
+    paused = started_until(saving(30), bucket_service, *given(f"{bucket}/run", data), TRAINER_JOB_UID="the-job")
     paused.send_signal(signal.SIGSTOP)
-    done = run_trainer(*arguments(f"{bucket}/run", data), TRAINER_JOB_UID="the-job")
+    bucket_service.clear()
+    done = run_trainer(*given(f"{bucket}/run", data), TRAINER_JOB_UID="the-job")
     assert done.returncode == 0, done.stderr
     before = listed(f"{bucket}/run")
     paused.send_signal(signal.SIGCONT)
@@ -128,54 +177,51 @@ def test_a_paused_writer_that_wakes_up_cannot_overwrite_its_successor(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("share", [0.01, 0.05, 0.2])
-def test_random_faults_change_no_bit(
-    share: float, bucket: str, data: str, local: Path, tmp_path: Path, bucket_service: BucketService
+def test_one_request_in_five_that_fails_changes_no_bit(
+    bucket: str, data: str, local: Path, tmp_path: Path, bucket_service: BucketService
 ) -> None:
-    bucket_service.random_faults(share, seed=6)
-    done = run_trainer(*arguments(f"{bucket}/run", data))
-    hit = [request.fault for request in bucket_service.requests() if request.fault]
-    bucket_service.random_faults(0.0, seed=6)
+    bucket_service.random_faults(0.2, seed=6, stall_seconds=0.5)
+    done = run_trainer(*given(f"{bucket}/run", data))
+    hit = [(request.method, request.fault) for request in bucket_service.requests() if request.fault]
+    bucket_service.clear()
     assert done.returncode == 0, done.stderr
-    assert len(hit) > 50 * share
+    assert {method for method, _ in hit} == {"GET", "POST", "DELETE"}
+    assert {fault for _, fault in hit} >= {"status", "reset", "stall", "lost_reply"}
     assert_same(f"{bucket}/run", local, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seconds", [4, 60])
 def test_a_bucket_that_is_away_for_a_while_costs_nothing_but_time(
-    seconds: float, bucket: str, data: str, local: Path, tmp_path: Path, bucket_service: BucketService
+    bucket: str, data: str, local: Path, tmp_path: Path, bucket_service: BucketService
 ) -> None:
-    process = start_trainer(*arguments(f"{bucket}/run", data))
-    wait_for_step(process, f"{bucket}/run", 30)
+    """For long enough to be said."""
+    process = started_until(saving(30), bucket_service, *given(f"{bucket}/run", data))
     bucket_service.away(True)
-    time.sleep(seconds)
+    bucket_service.release()
+    time.sleep(8)
     assert process.poll() is None
     bucket_service.away(False)
     done = finish(process)
     assert done.returncode == 0, done.stderr
+    assert "the connection fails; trying again for up to 300 s" in done.stderr
     assert_same(f"{bucket}/run", local, tmp_path)
 
 
-@pytest.mark.clock
 @pytest.mark.slow
 def test_a_bucket_that_stays_away_ends_the_run_with_75_and_leaves_the_last_checkpoint(
     bucket: str, data: str, local: Path, tmp_path: Path, bucket_service: BucketService
 ) -> None:
-    process = start_trainer(*arguments(f"{bucket}/run", data, "runtime.bucket_patience_seconds=5"))
-    wait_for_step(process, f"{bucket}/run", 30)
+    flags = given(f"{bucket}/run", data, "runtime.bucket_patience_seconds=2")
+    process = started_until(saving(20), bucket_service, *flags)
     bucket_service.away(True)
-    began = time.monotonic()
+    bucket_service.release()
     done = finish(process)
     assert done.returncode == 75, done.stderr
-    assert time.monotonic() - began < 45
-    assert re.search(r"gs://\S+: the connection fails \(tried for 5 s; run this again when the bucket answers\)", last_line(done))
+    assert re.search(r"gs://\S+: the connection fails \(tried for 2 s; run this again when the bucket answers\)", last_line(done))
     bucket_service.away(False)
-    kept = newest(f"{bucket}/run")
-    assert kept
-    assert kept.step >= 30
-    done = run_trainer(*arguments(f"{bucket}/run", data))
-    assert f"going on from the checkpoint of step {kept.step}" in done.stderr
+    assert newest_step(f"{bucket}/run") == 10
+    done = run_trainer(*given(f"{bucket}/run", data))
+    assert "going on from the checkpoint of step 10" in done.stderr
     assert_same(f"{bucket}/run", local, tmp_path)
 
 
@@ -185,8 +231,8 @@ def test_when_the_data_stay_away_what_was_done_is_saved_where_the_run_is(
 ) -> None:
     """Data in a bucket, the run on this machine: the steps since the last checkpoint are not lost."""
     folder = tmp_path / "run"
-    given = ("train.checkpoint_every=0", "train.evaluate_every=0", "train.sample_every=0", "train.steps=100000")
-    flags = arguments(str(folder), data, *given, "runtime.bucket_patience_seconds=2", "data.cache=none", "train.summary_every=1")
+    settings = ("train.checkpoint_every=0", "train.evaluate_every=0", "train.sample_every=0", "train.steps=100000")
+    flags = given(str(folder), data, *settings, "runtime.bucket_patience_seconds=2", "data.cache=none", "train.summary_every=1")
     process = start_trainer(*flags)
     wait_until(lambda: bool(list(folder.glob("summaries/train/events*"))), process)
     bucket_service.away(True)
@@ -208,9 +254,9 @@ def test_a_signal_while_the_data_are_away_is_answered_in_seconds_and_loses_nothi
 ) -> None:
     """The supervisor's grace is short, the patience with the bucket is long."""
     folder, every = tmp_path / "run", 5 if waits_for == "an evaluation" else 0
-    given = ("train.checkpoint_every=0", f"train.evaluate_every={every}", "train.sample_every=0", "train.steps=100000")
+    settings = ("train.checkpoint_every=0", f"train.evaluate_every={every}", "train.sample_every=0", "train.steps=100000")
     split = "val" if every else "train"
-    flags = arguments(str(folder), data, *given, "data.cache=none", "train.summary_every=1")
+    flags = given(str(folder), data, *settings, "data.cache=none", "train.summary_every=1")
     bucket_service.faults(Fault("status", "GET", rf"{split}.*alt=media", times=None, skip=3))
     process = start_trainer(*flags)
     wait_until(lambda: len([one for one in bucket_service.requests() if one.fault]) > 5, process)
@@ -229,14 +275,14 @@ def test_a_signal_while_the_data_are_away_is_answered_in_seconds_and_loses_nothi
     assert losses == list(range(1, marker.step + 2)), "none is missing and none is there twice"
 
 
+@pytest.mark.slow
 def test_a_permission_that_is_withdrawn_in_the_middle_is_one_line_and_permanent(
     bucket: str, data: str, bucket_service: BucketService
 ) -> None:
-    process = start_trainer(*arguments(f"{bucket}/run", data))
-    wait_for_step(process, f"{bucket}/run", 30)
-    bucket_service.faults(refuse(forbidden("storage.objects.create"), "POST", "/upload/"))
-    done = finish(process)
+    bucket_service.faults(refuse(forbidden("storage.objects.create"), "POST", "checkpoints/step-00000020"))
+    done = run_trainer(*given(f"{bucket}/run", data))
     assert done.returncode == 2, done.stderr
+    assert newest_step(f"{bucket}/run") == 10
     assert re.search(
         r"trainer: gs://\S+: \S+@\S+ does not have storage\.objects\.create access.*; grant it storage\.objects\.create",
         last_line(done),
@@ -248,7 +294,7 @@ def test_summaries_that_cannot_be_written_never_stop_training(
     bucket: str, data: str, local: Path, bucket_service: BucketService, tmp_path: Path
 ) -> None:
     bucket_service.faults(refuse(forbidden("storage.objects.create"), "POST", "tfevents", times=4))
-    done = run_trainer(*arguments(f"{bucket}/run", data))
+    done = run_trainer(*given(f"{bucket}/run", data))
     assert done.returncode == 0, done.stderr
     assert "training goes on; waiting to be sent" in done.stderr
     assert_same(f"{bucket}/run", local, tmp_path)
@@ -256,13 +302,13 @@ def test_summaries_that_cannot_be_written_never_stop_training(
 
 @pytest.mark.slow
 def test_vertex_folders_hold_checkpoints_summaries_and_the_model(bucket: str, data: str, tmp_path: Path) -> None:
-    given = [argument for argument in arguments("", data) if not argument.startswith("--model_dir")]
+    flags = [argument for argument in given("", data) if not argument.startswith("--model_dir")]
     folders = {
         "AIP_MODEL_DIR": f"{bucket}/job/model/",
         "AIP_CHECKPOINT_DIR": f"{bucket}/job/checkpoints/",
         "AIP_TENSORBOARD_LOG_DIR": f"{bucket}/job/logs/",
     }
-    done = run_trainer(*given, **folders)
+    done = run_trainer(*flags, **folders)
     assert done.returncode == 0, done.stderr
     names = set(parse(f"{bucket}/job").listing())
     assert {"config.yaml", "metrics.jsonl", "checkpoints/checkpoints.json", "model/saved_model.pb"} <= names
@@ -283,7 +329,7 @@ def test_a_folder_that_is_named_is_stronger_than_those_of_vertex(bucket: str, da
         "AIP_CHECKPOINT_DIR": f"{bucket}/job/checkpoints/",
         "AIP_TENSORBOARD_LOG_DIR": f"{bucket}/job/logs/",
     }
-    done = run_trainer(*arguments(f"{bucket}/mine", data, "train.steps=20", "train.evaluate_every=0"), **folders)
+    done = run_trainer(*given(f"{bucket}/mine", data, "train.steps=20", "train.evaluate_every=0"), **folders)
     assert done.returncode == 0, done.stderr
     mine, job = parse(f"{bucket}/mine").listing(), parse(f"{bucket}/job").listing()
     assert {"config.yaml", "checkpoints/checkpoints.json"} <= set(mine)
@@ -295,13 +341,13 @@ def test_a_folder_that_is_named_is_stronger_than_those_of_vertex(bucket: str, da
 @pytest.mark.slow
 def test_each_trial_of_a_tuning_job_is_a_job_of_its_own(bucket: str, data: str) -> None:
     """Trials of one job differ in their settings; none may take over from another."""
-    given = arguments(f"{bucket}/run", data, "train.steps=100000")
+    flags = given(f"{bucket}/run", data, "train.steps=100000")
     cluster = {"workerpool0": ["localhost:2222"]}
     of_trial = {one: {"CLOUD_ML_JOB_ID": "7", **vertex(cluster, "workerpool0", trial=one)} for one in ("1", "2")}
-    process = start_trainer(*given, **of_trial["1"])
-    wait_for_step(process, f"{bucket}/run", 15)
+    process = start_trainer(*flags, **of_trial["1"])
+    wait_for_step(process, f"{bucket}/run", 10)
     assert json.loads(parse(f"{bucket}/run/.lease").read_text())["owner"]["job"] == "7/1"
-    other = run_trainer(*given, **of_trial["2"])
+    other = run_trainer(*flags, **of_trial["2"])
     assert other.returncode == 2
     assert re.search(r"job 7/1, process \d+ on \S+ is training in it", last_line(other))
     process.send_signal(signal.SIGTERM)
@@ -309,16 +355,16 @@ def test_each_trial_of_a_tuning_job_is_a_job_of_its_own(bucket: str, data: str) 
 
 
 @pytest.mark.slow
-def test_a_damaged_newest_checkpoint_falls_back_and_says_so(bucket: str, data: str, local: Path, tmp_path: Path) -> None:
-    process = start_trainer(*arguments(f"{bucket}/run", data))
-    wait_for_step(process, f"{bucket}/run", 60)
-    process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=30)
+def test_a_damaged_newest_checkpoint_falls_back_and_says_so(
+    bucket: str, data: str, local: Path, tmp_path: Path, bucket_service: BucketService
+) -> None:
+    killed_at(saving(40), bucket_service, *given(f"{bucket}/run", data))
     marker = newest(f"{bucket}/run")
     assert marker
+    assert marker.step == 30
     shard = next(name for name in marker.files if ".data-" in name)
     (parse(f"{bucket}/run/checkpoints") / shard).write_bytes(b"not what was there")
-    done = run_trainer(*arguments(f"{bucket}/run", data))
+    done = run_trainer(*given(f"{bucket}/run", data))
     assert done.returncode == 0, done.stderr
     assert f"checkpoint of step {marker.step} is damaged ({shard} has 18 bytes" in done.stderr
     assert_same(f"{bucket}/run", local, tmp_path)
