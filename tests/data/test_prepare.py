@@ -4,6 +4,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -11,14 +12,20 @@ import numpy as np
 import psutil
 import pytest
 import tensorflow as tf
+from PIL import Image
 
+from tests.helpers.disks import small_disk
 from tests.helpers.images import as_kind, encode, label, photo, write_pairs
-from tests.helpers.processes import run_trainer, start_trainer
+from tests.helpers.processes import finish, run_trainer, start_trainer
+from tests.helpers.settings import small_config
+from tests.helpers.waiting import wait_until
 from trainer.data import prepare as prepare_module
 from trainer.data import records
 from trainer.data.pairs import decode_record
+from trainer.data.pipeline import PairData
 from trainer.data.prepare import Options, prepare
 from trainer.data.split import Split
+from trainer.data.verify import verify
 from trainer.errors import DataError, UserError
 
 
@@ -43,6 +50,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_same_bytes_for_any_number_of_processes_and_several_shards(pictures: Path, tmp_path: Path) -> None:
     for processes in (1, 2):
         prepare(options(pictures, tmp_path / f"{processes}" / "data", shard_bytes=60_000), processes)
@@ -98,7 +106,7 @@ def test_all_that_is_bad_is_named_in_one_report_and_nothing_is_written(pictures:
     source = Path(shutil.copytree(pictures, tmp_path / "source"))
     expected = spoil(source)
     with pytest.raises(DataError) as caught:
-        prepare(options(source, tmp_path / "data"), 2)
+        prepare(options(source, tmp_path / "data"), 1)
     *lines, advice = str(caught.value).splitlines()
     assert len(lines) == len(expected)
     assert [want for want in expected if sum(f"{source}/{want}" in line for line in lines) != 1] == []
@@ -109,7 +117,7 @@ def test_all_that_is_bad_is_named_in_one_report_and_nothing_is_written(pictures:
 def test_skip_bad_leaves_them_out_counted_and_listed(pictures: Path, tmp_path: Path) -> None:
     source = Path(shutil.copytree(pictures, tmp_path / "source"))
     expected = spoil(source)
-    closing = prepare(options(source, tmp_path / "data"), 2, skip_bad=True)
+    closing = prepare(options(source, tmp_path / "data"), 1, skip_bad=True)
     manifest = records.read_manifest(tmp_path / "data")
     assert sum(manifest.examples(split) for split in manifest.splits) == 90
     assert len(manifest.skipped) == 5
@@ -184,8 +192,9 @@ def test_the_command_teaches_prepares_and_refuses(pictures: Path, tmp_path: Path
     assert taught.returncode == 0
     assert taught.stdout.count("  trainer prepare ") >= 3
     done = run_trainer(
-        "prepare", f"--source={pictures}", f"--output={tmp_path}/data", "--labels=input", "--split_percent=80,10,10"
-    )
+        "prepare", f"--source={pictures}", f"--output={tmp_path}/data", "--labels=input", "--split_percent=80,10,10",
+        "--processes=1",
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert f"next: trainer --data_dir={tmp_path}/data --model_dir=RUN" in done.stdout
     (tmp_path / "bad").mkdir()
@@ -214,25 +223,155 @@ def test_swapped_sides_of_equal_size_are_another_data_set(tmp_path: Path) -> Non
         prepare(options(f"{tmp_path}/b,{tmp_path}/a", tmp_path / "data", layout="folders"), 1)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_it_with_143_and_leaves_no_process(number: signal.Signals, tmp_path: Path) -> None:
-    write_pairs(tmp_path / "source", 63, "jpeg", (256, 256))
-    for name in [f"{copy}-{path.name}" for copy in range(400) for path in (tmp_path / "source").glob("p*.jpeg")]:
-        os.link(tmp_path / "source" / name.split("-")[1], tmp_path / "source" / name)
-    process = start_trainer("prepare", f"--source={tmp_path}/source", f"--output={tmp_path}/data", "--processes=2")
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("data.partial/*.tfrecord")):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+@pytest.fixture
+def stuck(tmp_path: Path) -> Path:
+    """Forty pairs of which the last is a pipe: it gives its picture once, for the header, and keeps its second reader waiting."""
+    write_pairs(tmp_path / "source", 40, "bmp", (128, 128))
+    pipe = tmp_path / "source" / "p039.bmp"
+    pipe.rename(tmp_path / "p039.bmp")
+    os.mkfifo(pipe)
+    content = (tmp_path / "p039.bmp").read_bytes()
+    threading.Thread(target=lambda: pipe.write_bytes(content), daemon=True).start()
+    return tmp_path / "source"
+
+
+def ended_by(number: signal.Signals, processes: int, source: Path, output: Path) -> subprocess.CompletedProcess[str]:
+    """Start the command, send it a signal between two of its shards, and see that no process of its own lives on."""
+    flags = ("--split_percent=100,0,0", "--shard_mb=1", f"--processes={processes}")
+    process = start_trainer("prepare", f"--source={source}", f"--output={output}", *flags)
+    wait_until(lambda: len(list(output.parent.glob("data.partial/*.tfrecord.json"))) >= 2, process, what="the second shard")
     family = psutil.Process(process.pid).children(recursive=True)
+    assert (len(family) >= processes) == (processes > 1)
     process.send_signal(number)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 143, err
-    assert err.strip().splitlines()[-1].startswith(f"trainer: {number.name}: stopped")
-    _, alive = psutil.wait_procs(family, timeout=10)
+    done = finish(process, 60)
+    _, alive = psutil.wait_procs(family, timeout=20)
     assert alive == []
-    assert not (tmp_path / "data").exists()
+    assert not output.exists()
+    return done
+
+
+@pytest.mark.parametrize(
+    ("number", "processes"),
+    [(signal.SIGTERM, 1), *(pytest.param(one, 2, marks=pytest.mark.slow) for one in (signal.SIGTERM, signal.SIGINT))],
+)
+def test_a_signal_ends_it_with_143_and_leaves_no_process(
+    number: signal.Signals, processes: int, stuck: Path, tmp_path: Path
+) -> None:
+    done = ended_by(number, processes, stuck, tmp_path / "data")
+    assert done.returncode == 143, done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith(f"trainer: {number.name}: stopped")
+
+
+def test_killed_it_leaves_no_process_and_the_next_one_goes_on(stuck: Path, tmp_path: Path) -> None:
+    """SIGKILL of the parent while one of its processes reads: they end themselves. The shards that it finished are used.
+
+    They were made by several processes, the others and those that they are compared with by one.
+    """
+    done = ended_by(signal.SIGKILL, 2, stuck, tmp_path / "data")
+    assert done.returncode == -signal.SIGKILL
+    (tmp_path / "p039.bmp").replace(stuck / "p039.bmp")
+    finished = {
+        path.name: path.stat().st_ino
+        for path in tmp_path.glob("data.partial/*.tfrecord")
+        if path.with_name(f"{path.name}.json").exists()
+    }
+    chosen = {"percent": (100, 0, 0), "shard_bytes": 1_000_000}
+    prepare(options(stuck, tmp_path / "data", **chosen), 1)
+    prepare(options(stuck, tmp_path / "whole" / "data", **chosen), 1)
+    assert digests(tmp_path / "data") == digests(tmp_path / "whole" / "data")
+    assert {name: (tmp_path / "data" / name).stat().st_ino for name in finished} == finished
+
+
+def test_a_full_disk_is_named_and_the_same_command_goes_on_when_there_is_room(pictures: Path, tmp_path: Path) -> None:
+    """A real one of 64 kB, which takes two shards of three."""
+    whole, chosen = tmp_path / "whole" / "data", {"percent": (100, 0, 0), "shard_bytes": 60_000}
+    prepare(options(pictures, whole, **chosen), 1)
+    shards = sorted(whole.glob("*.tfrecord"))
+    with small_disk(tmp_path / "disk", sum(path.stat().st_size for path in shards[:2]) + 40_000) as disk:
+        wanted = options(pictures, disk.path / "data", **chosen)
+        with pytest.raises(OSError, match="No space left on device") as caught:
+            prepare(wanted, 1)
+        assert caught.value.filename == str(disk.path / "data.partial" / shards[2].name)
+        assert not (disk.path / "data").exists()
+        finished = (disk.path / "data.partial" / shards[0].name).stat().st_ino
+        disk.resize(10_000_000)
+        prepare(wanted, 1)
+        assert digests(disk.path / "data") == digests(whole)
+        assert (disk.path / "data" / shards[0].name).stat().st_ino == finished
+
+
+def test_links_spaces_and_other_alphabets_in_names_are_names_like_others(tmp_path: Path) -> None:
+    """Pictures behind links, a data set behind one, and folders that a shell would cut in pieces."""
+    write_pairs(tmp_path / "elsewhere", 3)
+    source = tmp_path / "Größe 1; $HOME" / "写真 и\u0306"
+    (source / "train").mkdir(parents=True)
+    (source / "val").symlink_to(tmp_path / "elsewhere")
+    for number, name in enumerate(("ñandú 'x'.png", "-rf.png", "a,b.png", "%41.png")):
+        (source / "train" / name).symlink_to(tmp_path / "elsewhere" / f"p{number % 3:03d}.png")
+    output = tmp_path / "prepared data" / "データ"
+    done = run_trainer("prepare", f"--source={source}", f"--output={output}")
+    assert done.returncode == 0, done.stderr
+    keys = [example.features.feature["key"].bytes_list.value[0].decode() for example in stored(output, "train")]
+    assert keys == ["train/%41", "train/-rf", "train/a,b", "train/ñandú 'x'"]
+    assert records.read_manifest(output).examples("val") == 3
+    (tmp_path / "link to it").symlink_to(output)
+    checked = run_trainer("check", f"--data_dir={tmp_path}/link to it")
+    assert checked.returncode == 0, checked.stderr
+    data = PairData(tmp_path / "link to it", small_config("train.batch_size=2"))
+    assert len(list(data.training_batches(0, 2))) == 2
+
+
+def test_grey_among_colour_counts_as_colour_whichever_comes_first(tmp_path: Path) -> None:
+    for number, channels in enumerate((1, 3, 1)):
+        for side, draw in (("a", label), ("b", photo)):
+            (tmp_path / side).mkdir(exist_ok=True)
+            pixels = as_kind(draw(number), channels if side == "a" else 1, 8)
+            (tmp_path / side / f"{number}.png").write_bytes(encode(pixels, "png"))
+    prepare(options(f"{tmp_path}/a,{tmp_path}/b", tmp_path / "data", layout="folders", percent=(100, 0, 0)), 1)
+    manifest = records.read_manifest(tmp_path / "data")
+    assert (manifest.input.channels, manifest.target.channels) == (3, 1)
+    split = Split(tmp_path / "data", manifest, "train")
+    for number, channels in enumerate((1, 3, 1)):
+        pair = decode_record(tf.constant(split.read(number)), manifest)
+        np.testing.assert_array_equal(pair.input, np.broadcast_to(as_kind(label(number), channels, 8), (64, 64, 3)))
+
+
+@pytest.mark.parametrize(
+    ("channels", "odd", "why"),
+    [((3, 4, 3), 1, "has an alpha channel, most have none"), ((4, 4, 1), 2, "has no alpha channel, most have one")],
+)
+def test_alpha_is_of_all_pictures_or_of_none(channels: tuple[int, ...], odd: int, why: str, tmp_path: Path) -> None:
+    """Dropped or invented it would change what is learnt, and nobody would see it."""
+    (tmp_path / "in").mkdir()
+    for number, one in enumerate(channels):
+        (tmp_path / "in" / f"{number}.png").write_bytes(encode(as_kind(photo(number), one, 8), "png"))
+    with pytest.raises(DataError) as caught:
+        prepare(options(tmp_path / "in", tmp_path / "data"), 1)
+    assert str(caught.value).splitlines()[0] == f"{tmp_path}/in/{odd}.png: {why}"
+    assert len(str(caught.value).splitlines()) == 2
+
+
+def test_a_picture_that_goes_away_after_its_header_was_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last one, whose size decides where the last shard begins."""
+    write_pairs(tmp_path / "in", 3)
+    real = prepare_module.judge
+    monkeypatch.setattr(prepare_module, "judge", lambda *given: (real(*given), (tmp_path / "in" / "p002.png").unlink())[0])
+    with pytest.raises(DataError, match=r"in/p002\.png: cannot be read: No such file or directory"):
+        prepare(options(tmp_path / "in", tmp_path / "data", percent=(100, 0, 0)), 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+@pytest.mark.slow
+def test_a_picture_of_100_megapixels_is_the_largest(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    """Of one bit each, so that it is a small file; decoded it is a hundred megabytes."""
+    for name, height in (("whole", 10_000), ("more", 10_001)):
+        (tmp_path / name).mkdir()
+        Image.new("1", (10_000, height), 1).save(tmp_path / name / "1.png")
+    prepare(options(tmp_path / "whole", tmp_path / "data"), 1)
+    assert verify(tmp_path / "data", 1)[1] == []
+    with pytest.raises(DataError, match=r"more/1\.png: 10000x10001 is more than 100,000,000 pixels; make it smaller"):
+        prepare(options(tmp_path / "more", tmp_path / "more-data"), 1)
+    assert list(recwarn) == []
 
 
 def timed(source: Path, output: Path) -> tuple[float, float]:

@@ -152,7 +152,7 @@ def _decode(encoded: bytes, info: ImageInfo) -> Pixels:
         return _array(tf.io.decode_png(encoded, channels=info.channels, dtype=tf.uint16))
     if info.decodable or (info.format == "jpeg" and info.channels == 1):
         return decode_with_tensorflow(encoded, info.format, info.channels)
-    with Image.open(io.BytesIO(encoded)) as image:
+    with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(encoded)) as image:
         mode = {1: "L", 3: "RGB", 4: "RGBA"}[info.channels]
         pixels = np.asarray(image if image.mode == mode else image.convert(mode))
     return pixels.reshape(*pixels.shape[:2], info.channels)

@@ -117,8 +117,8 @@ def digest(headers: Sequence[Headers], options: Options, skip_bad: bool) -> str:
 
 def _size(path: Place) -> int:
     if isinstance(path, BucketPath):
-        return path.size if isinstance(path, Found) else -1
-    return path.stat().st_size if path.is_file() else -1
+        return path.size if isinstance(path, Found) else 0
+    return path.stat().st_size if path.is_file() else 0
 
 
 def report(problems: list[str], pairs: int) -> str:
@@ -165,7 +165,7 @@ def plan_shards(sound: Sequence[Headers], shard_bytes: int) -> list[PlannedShard
         groups: list[list[Headers]] = [[] for _ in range(count)]
         before = 0
         for item, size in zip(members, sizes, strict=True):
-            groups[before * count // max(1, total)].append(item)
+            groups[min(before * count // max(1, total), count - 1)].append(item)
             before += size
         filled = [group for group in groups if group]
         names = (records.shard_name(split, index, len(filled)) for index in range(len(filled)))
