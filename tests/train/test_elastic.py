@@ -8,31 +8,38 @@ import pytest
 
 from tests.helpers.events import scalars
 from tests.helpers.processes import run_trainer
-from tests.helpers.runs import arguments as settings_of
+from tests.helpers.settings import TINY, flags
 from tests.helpers.workers import Workers
 
 TWO = ("--strategy=mirrored", "--set=runtime.cpu_devices=2")
 
 
+HALF, WHOLE = 10, 20
+APART = 5e-6  # 2.3e-7 was measured
+
+
 def arguments(folder: Path, steps: int) -> list[str]:
-    settings = ("train.batch_size=4", "train.summary_every=1", "train.evaluate_every=20", "model.norm=sync_batch")
-    return settings_of(folder, *settings, f"train.steps={steps}", "train.checkpoint_every=20", "optimizer.schedule=constant")
+    settings = (
+        *TINY, "train.batch_size=4", "train.summary_every=1", "train.evaluate_every=10", "train.sample_every=0",
+        "train.checkpoint_every=10", "model.norm=sync_batch", "optimizer.learning_rate=0.002", f"train.steps={steps}",
+    )  # fmt: skip
+    return flags(folder, *settings)
 
 
 @pytest.fixture(scope="module")
 def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twenty steps on two replicas."""
+    """Ten steps on two replicas."""
     folder = tmp_path_factory.mktemp("elastic") / "half"
-    done = run_trainer(*arguments(folder, 20), *TWO)
+    done = run_trainer(*arguments(folder, HALF), *TWO)
     assert done.returncode == 0, done.stderr
     return folder
 
 
 @pytest.fixture(scope="module")
 def whole(half: Path) -> Path:
-    """Twenty more on the same two."""
+    """Ten more on the same two."""
     folder = Path(shutil.copytree(half, half.with_name("whole")))
-    done = run_trainer(*arguments(folder, 40), *TWO)
+    done = run_trainer(*arguments(folder, WHOLE), *TWO)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -44,7 +51,7 @@ def whole(half: Path) -> Path:
 )
 def test_it_goes_on_with_another_number_of_replicas(workers: int, devices: int, half: Path, whole: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(half, tmp_path / "run"))
-    flags = [*arguments(folder, 40), f"--set=runtime.cpu_devices={devices}"]
+    flags = [*arguments(folder, WHOLE), f"--set=runtime.cpu_devices={devices}"]
     if workers == 1:
         done = run_trainer(*flags)
         assert done.returncode == 0, done.stderr
@@ -59,6 +66,6 @@ def test_it_goes_on_with_another_number_of_replicas(workers: int, devices: int, 
     assert [entry[:2] for entry in found] == [entry[:2] for entry in expected]
     apart = max(abs(a - b) / max(abs(a), 1e-3) for (*_, a), (*_, b) in zip(expected, found, strict=True))
     print(f"{workers} workers of {devices}: losses and metrics differ by {apart:.1e} at most")
-    assert apart < 1e-3
-    later = [value for step, tag, value in expected if tag == "loss/l1" and step > 20]
-    assert np.std(later) > 0.1, "batches differ from each other by far more than that"
+    assert apart < APART
+    later = [value for step, tag, value in expected if tag == "loss/l1" and step > HALF]
+    assert np.std(later) > 1000 * APART, "batches differ from each other by far more than that"
