@@ -32,10 +32,11 @@ def copy_down(url: str, to: Path) -> Path:
 
 
 def copy_up(folder: Path, url: str) -> None:
-    """All files of a folder, as objects."""
+    """All files below a folder, as objects."""
     there = parse(url)
-    for file in folder.iterdir():
-        (there / file.name).upload(file)
+    for file in folder.rglob("*"):
+        if file.is_file():
+            (there / file.relative_to(folder).as_posix()).upload(file)
 
 
 def keys(url: str) -> list[str]:
