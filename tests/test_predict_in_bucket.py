@@ -3,17 +3,24 @@
 import shutil
 from pathlib import Path
 
+import keras
+import numpy as np
 import pytest
+import tensorflow as tf
 
+from tests.helpers.bucket.faults import Fault
 from tests.helpers.bucket.service import BucketService
 from tests.helpers.images import encode, label
 from tests.helpers.processes import run_trainer
 from trainer.errors import BucketAwayError, DataError, UserError
+from trainer.export import export
 from trainer.predict import find_jobs, predict
+from trainer.runtime.bucket_folder import BucketFolder
+from trainer.runtime.lease import release_all
 from trainer.storage.bucket import parse
 from trainer.storage.places import Place, place
 from trainer.storage.service import Patience
-from trainer.trained import TrainedRun
+from trainer.trained import TrainedRun, open_run
 
 
 @pytest.fixture
@@ -130,16 +137,60 @@ def test_under_faults_the_same_and_away_is_said(
     trained_run: TrainedRun, pictures: Path, bucket_service: BucketService, bucket: str, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
+    """A fault of every kind, each at the first request for a picture or drawing of its own."""
     up(pictures, f"{bucket}/in")
     predict(trained_run, pictures, tmp_path / "expected")
-    bucket_service.random_faults(0.2, seed=3, stall_seconds=0.5)
+    rules = [
+        Fault("status", "GET", r"in/0\.jpeg", status=503),
+        Fault("reset", "GET", r"in/1\.jpeg"),
+        Fault("truncate", "GET", r"in/2\.jpeg.*alt=media"),
+        Fault("corrupt", "GET", r"in/3\.jpeg.*alt=media"),
+        Fault("status", "POST", r"name=out/0\.png", status=429),
+        Fault("reset", "POST", r"name=out/1\.png"),
+        Fault("lost_reply", "POST", r"name=out/2\.png"),
+        Fault("cut_upload", "POST", r"name=out/3\.png"),
+    ]
+    bucket_service.faults(*rules)
     predict(trained_run, parse(f"{bucket}/in"), parse(f"{bucket}/out"))
+    met = sorted(request.fault for request in bucket_service.requests() if request.fault)
+    assert met == sorted(rule.action for rule in rules)
     bucket_service.clear()
     assert below(parse(f"{bucket}/out")) == below(tmp_path / "expected")
     monkeypatch.setattr(Patience, "seconds", 1.0)
     bucket_service.away()
     with pytest.raises(BucketAwayError, match="run this again when the bucket answers"):
         predict(trained_run, pictures, parse(f"{bucket}/out"))
+
+
+def run_in_bucket(run: TrainedRun, url: str) -> TrainedRun:
+    """The same weights, config and notes in a run's folder in a bucket."""
+    folder = BucketFolder(parse(url)).claim(job="a test")
+    folder.write_config(run.config, run.folder.notes())
+    folder.write_data(run.about)
+    for entry in run.folder.metrics():
+        folder.add_metrics(entry)
+    folder.store(1).save(tf.train.Checkpoint(generator=run.generator(any_size=False)), run.marker.step)
+    release_all()
+    return open_run(parse(url))
+
+
+def test_a_run_in_a_bucket_is_drawn_with_and_exported_as_one_here(
+    trained_run: TrainedRun, bucket_service: BucketService, bucket: str, tmp_path: Path
+) -> None:
+    run = run_in_bucket(trained_run, f"{bucket}/run")
+    weights = [(request.method, request.path) for request in bucket_service.requests() if ".data-" in request.path]
+    assert {method for method, _ in weights} == {"POST"}, "nothing of the weights was downloaded yet"
+    (tmp_path / "a.png").write_bytes(encode(label(3, 50, 70), "png"))
+    for folder, opened in (("here", trained_run), ("there", run)):
+        closing = predict(opened, tmp_path / "a.png", tmp_path / folder)
+        assert closing.endswith(f"drawn with step 24 of {opened.folder.path}")
+        export(opened, tmp_path / f"export-{folder}", ["keras"])
+    assert below(tmp_path / "there") == below(tmp_path / "here")
+    here, there = (tmp_path / f"export-{folder}" for folder in ("here", "there"))
+    assert (there / "README.md").read_text() == (here / "README.md").read_text()
+    loaded = [keras.saving.load_model(folder / "keras" / "generator.keras").get_weights() for folder in (here, there)]
+    for ours, theirs in zip(*loaded, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 def test_the_command_takes_addresses_and_leaves_no_folder_named_so(trained_run: TrainedRun, pictures: Path, bucket: str) -> None:
