@@ -1,7 +1,6 @@
 """What can be known to fail is told before TensorFlow is loaded, with the right exit code."""
 
 import re
-import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from tests.helpers.bucket.service import BucketService
 from tests.helpers.damage import flip_in_record
 from tests.helpers.images import write_pairs
 from tests.helpers.processes import run_trainer
+from tests.helpers.settings import SMALL, flags
 from tests.test_cluster import vertex
 from trainer.storage.bucket import parse
 
@@ -27,14 +27,12 @@ def data(bucket: str, sample_folder: Path) -> str:
     return f"{bucket}/data"
 
 
-@pytest.mark.clock
 @pytest.mark.parametrize("flag", ["--data_dir", "--model_dir", "--config"])
-def test_a_bucket_that_is_not_there_is_named_in_seconds(flag: str, bucket: str) -> None:
-    began = time.monotonic()
+def test_a_bucket_that_is_not_there_is_named_at_once(flag: str, bucket: str, bucket_service: BucketService) -> None:
     done = run_trainer(f"{flag}=gs://no-such-bucket/x")
     assert done.returncode == 2
     assert told(done) == ["trainer: gs://no-such-bucket: there is no bucket of this name; make it, or mend the name"]
-    assert time.monotonic() - began < 5
+    assert bucket_service.count() <= 2, "nothing is tried again"
 
 
 def test_a_data_set_that_is_not_there_is_named(bucket: str) -> None:
@@ -83,31 +81,27 @@ def test_a_damaged_first_record_is_found_before_training(bucket: str, data: str)
 
 def test_a_service_that_is_busy_is_waited_for_and_then_left_with_75(bucket: str, bucket_service: BucketService) -> None:
     bucket_service.faults(refuse(UNAVAILABLE))
-    done = run_trainer(f"--model_dir={bucket}/run", "--set=runtime.bucket_patience_seconds=3")
+    done = run_trainer(f"--model_dir={bucket}/run", "--set=runtime.bucket_patience_seconds=1")
     assert done.returncode == 75
     assert "the service answers 503" in told(done)[0]
-    assert "tried for 3 s; run this again when the bucket answers" in told(done)[-1]
+    assert "tried for 1 s; run this again when the bucket answers" in told(done)[-1]
 
 
-@pytest.mark.clock
 def test_credentials_that_are_not_there_are_waited_for_and_explained(bucket: str) -> None:
     """Workload identity may give them some seconds after a pod has begun; on a laptop the line says what to do."""
-    began = time.monotonic()
     done = run_trainer(
-        f"--model_dir={bucket}/run", "--set=runtime.bucket_patience_seconds=3",
+        f"--model_dir={bucket}/run", "--set=runtime.bucket_patience_seconds=1",
         STORAGE_EMULATOR_HOST="", NO_GCE_CHECK="true", GOOGLE_APPLICATION_CREDENTIALS="", CLOUDSDK_CONFIG="/nonexistent",
     )  # fmt: skip
     assert done.returncode == 75
     assert "no credentials found; run `gcloud auth application-default login`" in told(done)[0]
-    assert "tried for 3 s" in told(done)[-1]
-    assert 1 < time.monotonic() - began < 20
+    assert "tried for 1 s" in told(done)[-1]
 
 
-@pytest.mark.clock
 def test_a_key_file_that_is_not_there_is_named(bucket: str) -> None:
     """A login would not help: the variable goes before it."""
     done = run_trainer(
-        f"--model_dir={bucket}/run", "--set=runtime.bucket_patience_seconds=2",
+        f"--model_dir={bucket}/run", "--set=runtime.bucket_patience_seconds=1",
         STORAGE_EMULATOR_HOST="", NO_GCE_CHECK="true", GOOGLE_APPLICATION_CREDENTIALS="/nonexistent/key.json",
     )  # fmt: skip
     assert done.returncode == 75
@@ -130,7 +124,7 @@ def test_files_of_somebody_in_the_folder_of_vertex_s_model_are_not_replaced(buck
     model = parse(f"{bucket}/job/model")
     (model / "saved_model.pb").write_bytes(b"an earlier one")
     (model / "variables" / "variables.index").write_bytes(b"too")
-    given = (f"--data_dir={data}", f"--model_dir={bucket}/run", "--dry_run")
+    given = (*flags(f"{bucket}/run", *SMALL, data_dir=data), "--dry_run")
     assert run_trainer(*given, AIP_MODEL_DIR=str(model)).returncode == 0
     (model / ".preflight-0123").write_bytes(b"of another worker, at this moment, or of a killed one")
     assert run_trainer(*given, AIP_MODEL_DIR=str(model)).returncode == 0
@@ -161,13 +155,6 @@ def test_a_vertex_job_that_would_lose_its_run_is_refused(data: str) -> None:
     )
     assert done.returncode == 2
     assert told(done)[-1].startswith("trainer: --model_dir: allowed on Vertex AI: a folder, or a job with baseOutputDirectory")
-
-
-def test_an_account_that_may_only_read_is_named_before_anything_is_measured(bucket: str, bucket_service: BucketService) -> None:
-    bucket_service.faults(refuse(forbidden("storage.objects.create"), "POST"))
-    done = run_trainer("evaluate", f"--model_dir={bucket}/run")
-    assert done.returncode == 2
-    assert "grant it storage.objects.create, which roles/storage.objectAdmin has" in told(done)[-1]
 
 
 def test_a_config_is_read_from_a_bucket(bucket: str) -> None:

@@ -10,15 +10,16 @@ from tests.helpers.bucket.faults import refuse
 from tests.helpers.bucket.service import BucketService
 from tests.helpers.events import scalars_of
 from trainer.errors import BucketAwayError
-from trainer.runtime import outbox, summaries
+from trainer.runtime import summaries
 from trainer.runtime.lease import LostClaimError
 from trainer.runtime.summaries import BucketSummaries, NullSummaries, Summaries, open_summaries
 from trainer.storage.bucket import BucketPath, parse
+from trainer.storage.service import Patience
 
 
 @pytest.fixture
 def folder(bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[BucketPath]:
-    monkeypatch.setattr(outbox, "PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr(Patience, "seconds", 5.0)
     yield parse(f"{bucket}/run/summaries")
 
 

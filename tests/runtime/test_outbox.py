@@ -11,16 +11,17 @@ from PIL import Image
 from tests.helpers.bucket.answers import UNAVAILABLE, forbidden
 from tests.helpers.bucket.faults import Fault, refuse
 from tests.helpers.bucket.service import BucketService
-from trainer.runtime import files, outbox
+from trainer.runtime import files
 from trainer.runtime.bucket_folder import BucketFolder
 from trainer.runtime.outbox import Outbox
 from trainer.runtime.run_folder import Columns
 from trainer.storage.bucket import BucketPath, parse
+from trainer.storage.service import Patience
 
 
 @pytest.fixture
 def folder(bucket: str, monkeypatch: pytest.MonkeyPatch) -> BucketPath:
-    monkeypatch.setattr(outbox, "PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(Patience, "seconds", 0.5)
     return parse(f"{bucket}/run")
 
 
