@@ -24,7 +24,7 @@ class Topologies:
         with held_ports(workers) as ports:
             running = []
             for index in range(workers):
-                arguments = [f"{stem}-{index}.npz", str(self._data), ",".join(cases), precisions, str(devices)]
+                arguments = [f"{stem}-{index}.npz", str(self._data), "|".join(cases), precisions, str(devices)]
                 environment = {"TF_CONFIG": tf_config(ports, index)} if workers > 1 else {}
                 running.append(start_module("tests.helpers.equality", *arguments, **environment))
             errors = [process.communicate(timeout=600)[1] for process in running]

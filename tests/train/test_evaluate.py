@@ -1,21 +1,25 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import tensorflow as tf
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
+from tests.helpers.images import as_kind, encode, label, photo
+from tests.helpers.scores import scores_of
 from tests.helpers.settings import small_config
 from trainer.data.pipeline import PairData
+from trainer.data.prepare import Options, prepare
 from trainer.model.generators import translate
 from trainer.train import evaluate
 from trainer.train.evaluate import Evaluator, InterruptedEvaluation, score
-from trainer.train.state import build_networks
+from trainer.train.state import build_generator
 
 CONFIG = small_config("train.batch_size=2")
 
 
 @pytest.fixture
 def evaluator(small_data: PairData) -> Evaluator:
-    return Evaluator(build_networks(CONFIG, small_data.specs)[0], small_data, CONFIG)
+    return Evaluator(build_generator(CONFIG, small_data.specs), small_data, CONFIG)
 
 
 def real_pairs(data: PairData) -> tuple[np.ndarray, np.ndarray]:
@@ -28,17 +32,32 @@ def test_scores_are_scikit_images(small_data: PairData) -> None:
     target, other = real_pairs(small_data)
     scores = score(tf.constant(other), tf.constant(target))
     for place in range(8):
-        a, b = target[place], other[place]
-        settings = {
-            "data_range": 255,
-            "channel_axis": -1,
-            "gaussian_weights": True,
-            "sigma": 1.5,
-            "use_sample_covariance": False,
-        }
-        assert float(scores["l1"][place]) == pytest.approx(np.abs(a - b).mean(), rel=1e-5)
-        assert float(scores["psnr"][place]) == pytest.approx(peak_signal_noise_ratio(a, b, data_range=255), rel=1e-5)
-        assert float(scores["ssim"][place]) == pytest.approx(structural_similarity(a, b, **settings), abs=1e-4)
+        expected = scores_of(other[place].astype(np.uint8), target[place].astype(np.uint8))
+        assert float(scores["l1"][place]) == pytest.approx(expected["l1"], rel=1e-5)
+        assert float(scores["psnr"][place]) == pytest.approx(expected["psnr"], rel=1e-5)
+        assert float(scores["ssim"][place]) == pytest.approx(expected["ssim"], abs=1e-4)
+
+
+@pytest.mark.parametrize(("channels", "bits"), [(3, 8), (1, 16)])
+def test_what_is_measured_are_the_files_pixels_at_their_own_depth(channels: int, bits: int, tmp_path: Path) -> None:
+    """16 bits lose nothing to levels of 8, and are scored on the scale of 0 to 255 all the same."""
+    targets = [as_kind(photo(number), channels, bits) for number in range(3)]
+    for split in ("train", "val"):
+        for side, pictures in (("in", [label(number) for number in range(3)]), ("out", targets)):
+            (tmp_path / side / split).mkdir(parents=True)
+            for number, pixels in enumerate(pictures):
+                (tmp_path / side / split / f"{number}.png").write_bytes(encode(pixels, "png"))
+    prepare(Options(f"{tmp_path}/in,{tmp_path}/out", "folders", tmp_path / "data", labels="input"), 1)
+    data = PairData(tmp_path / "data", CONFIG)
+    generator = build_generator(CONFIG, data.specs)
+    images = tf.constant(np.stack([label(number) for number in range(3)]) / 127.5 - 1, tf.float32)
+    white = np.iinfo(targets[0].dtype).max
+    drawn = ((translate(generator, images, CONFIG.seed).numpy() + 1) * (white / 2)).round().astype(targets[0].dtype)
+    expected = [scores_of(mine, target) for mine, target in zip(drawn, targets, strict=True)]
+    measured = Evaluator(generator, data, CONFIG).measure(data.split("val"), lambda: False)
+    assert measured["images"] == 3
+    for name, tolerance in (("l1", 2e-5), ("psnr", 2e-5), ("ssim", 1e-4)):
+        assert measured[name] == pytest.approx(np.mean([each[name] for each in expected]), abs=tolerance, rel=1e-6), name
 
 
 def test_equal_images_score_0_100_1(small_data: PairData) -> None:
@@ -60,15 +79,6 @@ def test_a_split_is_the_mean_over_its_images_each_weighing_the_same(
     assert together["images"] == 15
     for name in ("l1", "psnr", "ssim"):
         assert together[name] == pytest.approx(alone[name], rel=1e-4)
-
-
-def test_measured_are_the_pictures_as_files_would_hold_them(evaluator: Evaluator, small_data: PairData) -> None:
-    batch = next(iter(small_data.batches_of(small_data.split("val"), range(8), 8)))
-    out = translate(evaluator._generator, batch["input"], CONFIG.seed).numpy()
-    pictures = ((out + 1) * 127.5).round().clip(0, 255).astype(np.uint8).astype(float)
-    target = ((batch["target"].numpy() + 1) * 127.5).round()
-    expected = np.abs(pictures - target).mean()
-    assert evaluator.measure(small_data.split("val"), lambda: False)["l1"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_stop_in_the_middle_leaves_nothing(evaluator: Evaluator, small_data: PairData) -> None:
