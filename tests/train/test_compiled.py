@@ -36,6 +36,7 @@ def losses_of(folder: Path, *overrides: str, whole: bool = False) -> np.ndarray:
     return np.array(found)
 
 
+@cache
 def graph_of_step(folder: Path, *overrides: str) -> tf.Graph:
     """The graph of one step."""
     config = small_config(*COMMON, *overrides)
@@ -69,12 +70,12 @@ def test_the_compiled_step_has_nothing_that_a_tpu_lacks(sample_folder: Path) -> 
     assert dtypes.isdisjoint({tf.float64, tf.string})
 
 
-@pytest.mark.parametrize("jit", [True, False])
-def test_the_switch_compiles_forward_and_backward_passes(jit: bool, sample_folder: Path) -> None:
+@pytest.mark.parametrize(("settings", "count"), [(("runtime.jit=true",), 4), ((), 0)])
+def test_the_switch_compiles_forward_and_backward_passes(settings: tuple[str, ...], count: int, sample_folder: Path) -> None:
     """Drawing and its gradient, D's turn, the judging; and without the switch nothing."""
-    operations = graph_of_step(sample_folder, f"runtime.jit={str(jit).lower()}").get_operations()
+    operations = graph_of_step(sample_folder, *settings).get_operations()
     compiled = [op for op in operations if "PartitionedCall" in op.type and op.get_attr("_XlaMustCompile")]
-    assert len(compiled) == (4 if jit else 0)
+    assert len(compiled) == count
 
 
 @pytest.mark.slow
@@ -98,9 +99,8 @@ def test_mixed_precision_computes_in_bfloat16_and_keeps_weights_and_losses_in_fl
     assert keras.config.dtype_policy().name == "float32"
 
 
-@pytest.mark.parametrize(
-    "norm", ["batch", pytest.param("instance", marks=pytest.mark.slow), pytest.param("none", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", ["batch", "instance", "none"])
 def test_mixed_precision_has_the_losses_of_full_precision_to_two_digits(norm: str, sample_folder: Path) -> None:
     exact = losses_of(sample_folder, f"model.norm={norm}")
     mixed = losses_of(sample_folder, f"model.norm={norm}", "model.precision=mixed_bfloat16")
