@@ -13,17 +13,22 @@ in a copy of the project, where its tests are run. One that they let pass is a s
 """
 
 import argparse
+import contextlib
+import gc
+import importlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
+import pytest
 import yaml
 
 ROOT = Path(__file__).parents[1]
@@ -42,7 +47,8 @@ COPIED = (
     "Makefile",
 )
 MARKS = "not container"
-SECONDS = 600
+SECONDS = 600.0
+BASELINE_SECONDS = 3600.0
 PASSED, FAILED = 0, 1  # pytest's exit codes; all others say that nothing was tried
 
 
@@ -65,9 +71,9 @@ class Mutant(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What became of a mutant: killed, survived, or not tried."""
+    """What became of a mutant (None: of the project as it is): killed, survived, or not tried."""
 
-    mutant: Mutant
+    mutant: Mutant | None
     word: str
     seconds: float
     output: str
@@ -99,55 +105,107 @@ def copy_project(to: Path) -> None:
             shutil.copy(source, to / name)
 
 
-def run_tests(folder: Path, tests: list[str]) -> tuple[int, str]:
-    """Run some tests in a copy of the project: pytest's exit code, and the end of what it printed."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:rerunfailures", "-m", MARKS]
-    command += [f"--basetemp={folder}/tmp", *tests]
-    variables = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
-    try:
-        done = subprocess.run(
-            command,
-            cwd=folder,
-            env=variables,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=SECONDS,
-            stdin=subprocess.DEVNULL,
-        )
-    except subprocess.TimeoutExpired:
-        return FAILED, f"no end in {SECONDS} s"
-    return done.returncode, (done.stdout + done.stderr)[-4000:]
+def import_libraries() -> None:
+    """Import once what every copy's tests need and no mistake changes, so that children forked from here begin at once."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ["KERAS_BACKEND"] = "tensorflow"
+    for name in (
+        "tensorflow",
+        "keras",
+        "numpy",
+        "PIL.Image",
+        "pydantic",
+        "google.cloud.storage",
+        "skimage.metrics",
+        "scipy.stats",
+    ):
+        importlib.import_module(name)
+    gc.freeze()
 
 
-def try_mutant(mutant: Mutant) -> Verdict:
-    """Make the mistake in a copy and see whether a test fails."""
-    began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
-        copy_project(Path(folder))
-        file = Path(folder) / mutant.file
-        file.write_text(file.read_text().replace(mutant.old, mutant.new))
-        code, output = run_tests(Path(folder), mutant.tests)
-    word = {PASSED: "SURVIVED", FAILED: "killed"}.get(code, "NOT TRIED")
-    return Verdict(mutant, word, time.monotonic() - began, output)
+class Trial:
+    """The tests of one copy of the project, in a process forked from this one."""
+
+    def __init__(self, mutant: Mutant | None, tests: list[str], limit: float = SECONDS) -> None:
+        self.mutant, self._limit, self._began = mutant, limit, time.monotonic()
+        self._folder = tempfile.TemporaryDirectory(prefix="mutant-")
+        folder = Path(self._folder.name)
+        copy_project(folder)
+        if mutant:
+            file = folder / mutant.file
+            file.write_text(file.read_text().replace(mutant.old, mutant.new))
+        self._output = folder / "output.txt"
+        sys.stdout.flush()
+        self._pid = os.fork()
+        if self._pid == 0:
+            self._become(folder, tests)
+
+    def _become(self, folder: Path, tests: list[str]) -> NoReturn:
+        """Be pytest in that folder, whose modules go before all others."""
+        os.setsid()
+        output = os.open(self._output, os.O_WRONLY | os.O_CREAT)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        os.chdir(folder)
+        os.environ |= {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+        sys.path[:] = [str(folder), *(path for path in sys.path if path not in ("", str(ROOT)))]
+        for name in [name for name in sys.modules if name.split(".")[0] in ("tests", "trainer")]:
+            del sys.modules[name]
+        options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:rerunfailures", "-m", MARKS, f"--basetemp={folder}/tmp"]
+        code = 70
+        try:
+            code = int(pytest.main([*options, *tests]))
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+
+    def verdict(self) -> Verdict | None:
+        """How it ended; None while it runs."""
+        pid, status = os.waitpid(self._pid, os.WNOHANG)
+        seconds = time.monotonic() - self._began
+        if pid == 0 and seconds < self._limit:
+            return None
+        code = os.waitstatus_to_exitcode(status) if pid else FAILED
+        with contextlib.suppress(ProcessLookupError):  # what it left running
+            os.killpg(self._pid, signal.SIGKILL)
+        if pid == 0:
+            os.waitpid(self._pid, 0)
+        output = self._output.read_text(errors="replace")[-4000:]
+        self._folder.cleanup()
+        word = {PASSED: "SURVIVED", FAILED: "killed"}.get(code, "NOT TRIED")
+        return Verdict(self.mutant, word, seconds, output)
+
+
+def try_all(mutants: list[Mutant], jobs: int) -> Iterator[Verdict]:
+    """Make each mistake in a copy and see whether a test fails; so many at a time."""
+    waiting, running = list(reversed(mutants)), []
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            mutant = waiting.pop()
+            running.append(Trial(mutant, mutant.tests))
+        time.sleep(0.05)
+        for trial in list(running):
+            if verdict := trial.verdict():
+                running.remove(trial)
+                yield verdict
 
 
 def check_baseline(mutants: list[Mutant]) -> bool:
     """Whether all the tests pass where nothing is wrong; else their failures would say nothing."""
-    tests = sorted({test for mutant in mutants for test in mutant.tests})
-    with tempfile.TemporaryDirectory(prefix="baseline-") as folder:
-        copy_project(Path(folder))
-        code, output = run_tests(Path(folder), tests)
-    if code != PASSED:
-        print(output)
-    return code == PASSED
+    trial = Trial(None, sorted({test for mutant in mutants for test in mutant.tests}), BASELINE_SECONDS)
+    while not (verdict := trial.verdict()):
+        time.sleep(0.05)
+    if verdict.word != "SURVIVED":
+        print(verdict.output)
+    return verdict.word == "SURVIVED"
 
 
 def report(verdicts: list[Verdict]) -> bool:
     """Print the result; whether all were killed."""
     missed = [verdict for verdict in verdicts if verdict.word != "killed"]
     for verdict in missed:
-        print(f"\n{verdict.word}: {verdict.mutant.name}\n{verdict.output}")
+        print(f"\n{verdict.word}: {verdict.mutant}\n{verdict.output}")
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=ROOT)
     day = datetime.now(UTC).date().isoformat()
     print(f"\n{day}, commit {commit.stdout.strip()}: {len(verdicts) - len(missed)} of {len(verdicts)} mutants killed")
@@ -164,14 +222,14 @@ def main() -> int:
     if unknown := set(options.names) - {mutant.name for mutant in mutants}:
         parser.error(f"no such mutants: {', '.join(sorted(unknown))}")
     chosen = [mutant for mutant in mutants if not options.names or mutant.name in options.names]
+    import_libraries()
     if options.baseline and not check_baseline(chosen):
         print("the tests fail without a mistake too")
         return 1
     verdicts = []
-    with ThreadPoolExecutor(options.jobs) as pool:
-        for verdict in pool.map(try_mutant, chosen):
-            print(f"{verdict.word:9} {verdict.seconds:6.1f} s  {verdict.mutant.name}", flush=True)
-            verdicts.append(verdict)
+    for verdict in try_all(chosen, options.jobs):
+        print(f"{verdict.word:9} {verdict.seconds:6.1f} s  {verdict.mutant.name}", flush=True)
+        verdicts.append(verdict)
     return 0 if report(verdicts) else 1
 
 
