@@ -1,16 +1,27 @@
-"""Two workers with everything in a bucket: one lease, one writer, the same numbers as one process."""
+"""Two workers with everything in a bucket: one lease, one writer, the same bits as two workers with everything here."""
 
 import signal
-import time
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.bucket.runs import arguments, copy_down, copy_up, listed
-from tests.helpers.processes import run_trainer
-from tests.helpers.runs import newest
-from tests.helpers.workers import Workers
+from tests.helpers.bucket.runs import assert_same, copy_up, keys, listed
+from tests.helpers.runs import newest_step, short
+from tests.helpers.workers import NOTICED_SOON, Workers
 from trainer.storage.bucket import parse
+
+DIES_AT_12 = """
+import os, signal
+from trainer.train import loop
+run_block = loop.run_block
+
+def run_block_or_die(run, block, step):
+    if step == 12:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return run_block(run, block, step)
+
+loop.run_block = run_block_or_die
+"""
 
 
 @pytest.fixture
@@ -20,46 +31,32 @@ def data(bucket: str, sample_folder: Path) -> str:
 
 
 @pytest.mark.slow
-def test_two_workers_train_into_a_bucket_and_one_goes_on_alone(bucket: str, data: str, tmp_path: Path) -> None:
-    settings = arguments(f"{bucket}/run", data, "train.steps=60", "model.norm=instance")
-    workers = Workers(tmp_path / "logs", *settings)
-    assert workers.codes() == {0: 0, 1: 0}, workers.log(0) + workers.log(1)
-    assert "the chief has written everything to gs://" in workers.log(1)
-    assert [entry["step"] for entry in listed(f"{bucket}/run")["checkpoints"]] == [45, 60]
-    names = parse(f"{bucket}/run").listing()
-    assert ".lease" not in names
-    assert len([name for name in names if "tfevents" in name]) == 2, "only the chief writes events"
-    alone = run_trainer(*arguments(f"{bucket}/run", data, "train.steps=75", "model.norm=instance"))
-    assert alone.returncode == 0, alone.stderr
-    assert "going on from the checkpoint of step 60" in alone.stderr
-
-
-@pytest.mark.slow
-def test_a_killed_worker_ends_the_chief_with_75_and_both_go_on(bucket: str, data: str, tmp_path: Path) -> None:
-    settings = arguments(f"{bucket}/run", data, "train.steps=100000", "train.evaluate_every=0", "train.sample_every=0")
-    workers = Workers(tmp_path / "logs", *settings)
-    deadline = time.monotonic() + 120
-    while (marker := newest(f"{bucket}/run")) is None or marker.step < 15:
-        assert time.monotonic() < deadline, workers.log(0)
-        time.sleep(0.1)
-    workers.processes[1].kill()
-    assert workers.codes(60) == {0: 75, 1: -signal.SIGKILL}
-    saved = newest(f"{bucket}/run")
-    assert saved
-    again = Workers(tmp_path / "again", *settings, f"--set=train.steps={saved.step + 10}")
+def test_a_killed_worker_ends_the_chief_with_75_and_both_go_on_to_what_two_leave_on_a_disk(
+    bucket: str, data: str, run_of_two: Path, tmp_path: Path
+) -> None:
+    url = f"{bucket}/run"
+    arguments = [*short(url), f"--data_dir={data}"]
+    workers = Workers(tmp_path / "logs", only=())
+    for index, dies in enumerate(("", DIES_AT_12)):
+        workers.start(index, *arguments, first=NOTICED_SOON + dies)
+    assert workers.codes() == {0: 75, 1: -signal.SIGKILL}, workers.log(0)
+    saved = newest_step(url)
+    assert 7 <= saved <= 12
+    again = Workers(tmp_path / "again", *arguments)
     assert again.codes() == {0: 0, 1: 0}, again.log(0) + again.log(1)
-    assert f"going on from the checkpoint of step {saved.step}" in again.log(1)
-    copy_down(f"{bucket}/run", tmp_path / "copy")
+    assert f"going on from the checkpoint of step {saved}" in again.log(1)
+    assert again.last_line(1) == f"worker 1 is done; the chief has written everything to {url}"
+    assert ".lease" not in " ".join(keys(url))
+    assert_same(url, run_of_two, tmp_path / "copy")
 
 
-@pytest.mark.slow
 def test_what_one_worker_finds_before_all_else_ends_all_of_them_at_once(bucket: str, data: str, tmp_path: Path) -> None:
     """Worker 1 reaches no bucket; the chief does not wait for it for a quarter of an hour."""
-    settings = arguments(f"{bucket}/run", data, "runtime.bucket_patience_seconds=3")
-    workers = Workers(tmp_path / "logs", *settings, only=(0,))
-    workers.start(1, *settings, STORAGE_EMULATOR_HOST="http://127.0.0.1:9")
+    arguments = [*short(f"{bucket}/run", "runtime.bucket_patience_seconds=1"), f"--data_dir={data}"]
+    workers = Workers(tmp_path / "logs", *arguments, only=(0,))
+    workers.start(1, *arguments, STORAGE_EMULATOR_HOST="http://127.0.0.1:9")
     assert workers.codes(60) == {0: 75, 1: 75}
-    assert "the connection fails (tried for 3 s" in workers.last_line(1)
-    assert "the connection fails (tried for 3 s" in workers.last_line(0)
+    assert "the connection fails (tried for 1 s" in workers.last_line(1)
+    assert workers.last_line(0) == workers.last_line(1).replace("trainer: ", "trainer: worker 1: ", 1)
     assert listed(f"{bucket}/run")["checkpoints"] == []
     assert ".lease" not in parse(f"{bucket}/run").listing()

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.conftest import Shared
 from tests.helpers.damage import flip_in_record
 from tests.helpers.events import scalars
 from tests.helpers.processes import run_trainer
@@ -76,20 +75,9 @@ FolderLedger.change = change_or_die
 """
 
 
-@pytest.fixture(scope="module")
-def undisturbed(shared: Shared, sample_folder: Path) -> Path:
-    """What two workers leave that nothing disturbs."""
-
-    def make(folder: Path) -> None:
-        workers = Workers(folder.with_name("logs of two workers"), *short(folder), f"--data_dir={sample_folder}")
-        assert workers.codes() == {0: 0, 1: 0}, workers.log(0)
-
-    return shared("run of two workers", make)
-
-
 @pytest.mark.slow
 def test_a_chief_that_dies_in_a_save_ends_the_others_with_75_and_all_go_on_to_the_same_bits(
-    undisturbed: Path, sample_folder: Path, tmp_path: Path
+    run_of_two: Path, sample_folder: Path, tmp_path: Path
 ) -> None:
     """The third save has written its files but not its marker."""
     folder = tmp_path / "run"
@@ -106,7 +94,7 @@ def test_a_chief_that_dies_in_a_save_ends_the_others_with_75_and_all_go_on_to_th
     again = Workers(tmp_path / "again", *arguments)
     assert again.codes() == {0: 0, 1: 0}, again.log(0)
     assert f"going on from the checkpoint of step {saved.step}" in again.log(1)
-    assert_same_run(folder, undisturbed)
+    assert_same_run(folder, run_of_two)
 
 
 DIES_WHEN_IT_CONNECTS = """
@@ -195,7 +183,7 @@ loop.run_block = run_block_and_stop
 @pytest.mark.slow
 @pytest.mark.parametrize("asked", [0, 1])
 def test_a_signal_to_one_stops_all_at_the_same_step_and_the_run_ends_with_the_same_bits(
-    asked: int, undisturbed: Path, sample_folder: Path, tmp_path: Path
+    asked: int, run_of_two: Path, sample_folder: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
     arguments = [*short(folder), f"--data_dir={sample_folder}"]
@@ -210,7 +198,7 @@ def test_a_signal_to_one_stops_all_at_the_same_step_and_the_run_ends_with_the_sa
         assert line == f"{by}: stopped; step {saved} is saved in {folder}; the same command goes on from there"
     again = Workers(tmp_path / "again", *arguments)
     assert again.codes() == {0: 0, 1: 0}, again.log(0)
-    assert_same_run(folder, undisturbed)
+    assert_same_run(folder, run_of_two)
 
 
 SPOILT_HERE = """
@@ -272,7 +260,9 @@ def test_a_record_that_is_damaged_for_one_worker_ends_all_once_and_then_at_once_
 # Numbers.
 
 SAYS_BLOCKS = """
+from trainer.runtime.meter import Meter
 from trainer.train import loop
+Meter.steps_per_block = lambda self: OWN
 run_block = loop.run_block
 
 def run_and_say(run, block, step):
@@ -283,18 +273,22 @@ def run_and_say(run, block, step):
 loop.run_block = run_and_say
 """
 MEASURED = (
-    *TINY, "train.batch_size=4", "train.steps=8", "train.steps_per_loop=3", "train.evaluate_every=4", "train.summary_every=8",
+    *TINY, "train.batch_size=4", "train.steps=8", "train.evaluate_every=4", "train.summary_every=8",
     "train.checkpoint_every=4", "train.sample_every=0", "model.norm=instance",
 )  # fmt: skip
 
 
 @pytest.mark.slow
 def test_two_workers_of_two_devices_leave_the_numbers_of_one_device(sample_folder: Path, tmp_path: Path) -> None:
-    """Losses, scores, counts and the lengths of blocks, on the same global batches; scores also from pixels in NumPy."""
+    """Losses, scores and counts, on the same global batches; scores also from pixels in NumPy. The chief's clock says that a
+    block is of three steps, that of the other worker two.
+    """
     alone = run_trainer(*flags(tmp_path / "one", *MEASURED, data_dir=sample_folder))
     assert alone.returncode == 0, alone.stderr
     together = flags(tmp_path / "two", *MEASURED, "runtime.cpu_devices=2", data_dir=sample_folder)
-    workers = Workers(tmp_path / "logs", *together, first=SAYS_BLOCKS)
+    workers = Workers(tmp_path / "logs", only=())
+    for index, steps in enumerate((3, 2)):
+        workers.start(index, *together, first=SAYS_BLOCKS.replace("OWN", str(steps)))
     assert workers.codes() == {0: 0, 1: 0}, workers.log(0)
     blocks = ["block 0 3", "block 3 4", "block 4 7", "block 7 8"]
     for index in (0, 1):
@@ -439,12 +433,12 @@ def test_missing_data_on_one_worker_is_told_to_all(sample_folder: Path, tmp_path
 
 
 @pytest.mark.slow
-def test_a_finished_run_says_so_on_all(undisturbed: Path, sample_folder: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(undisturbed, tmp_path / "run")
+def test_a_finished_run_says_so_on_all(run_of_two: Path, sample_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(run_of_two, tmp_path / "run")
     workers = Workers(tmp_path / "logs", *short(folder), f"--data_dir={sample_folder}")
     assert workers.codes() == {0: 0, 1: 0}
     assert all("this run is finished" in workers.log(index) for index in (0, 1))
-    assert_same_run(folder, undisturbed)
+    assert_same_run(folder, run_of_two)
 
 
 def test_an_evaluator_builds_no_strategy(tmp_path: Path) -> None:
