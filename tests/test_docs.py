@@ -2,12 +2,14 @@
 
 import importlib.util
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
+from trainer.arguments import parse
 from trainer.config import Config, leaves
-from trainer.errors import ExitCode
+from trainer.errors import ExitCode, UserError
 
 ROOT = Path(__file__).parent.parent
 _OWN = ("README.md", "CONTRIBUTING.md", "benchmarks/README.md", "trainer/sample/README.md")
@@ -79,3 +81,19 @@ def test_every_setting_named_in_the_documents_exists() -> None:
     for document in DOCUMENTS:
         named = re.findall(rf"`((?:{sections})\.[a-z_0-9.]+)[`=]", document.read_text())
         assert [key for key in named if key not in known and not any(k.startswith(key + ".") for k in known)] == []
+
+
+def test_every_command_in_the_documents_can_be_typed() -> None:
+    """Each `trainer ...` line of their code has flags and settings that exist."""
+    found, wrong = 0, []
+    for document in DOCUMENTS:
+        for line in re.findall(r"^(?:\.venv/bin/)?(trainer(?: .*)?)$", code_of(document), re.MULTILINE):
+            found += 1
+            try:
+                values = parse(shlex.split(line.partition("  #")[0]))[1]
+                unknown = {setting.partition("=")[0] for setting in values.set} - {key for key, _ in leaves(Config())}
+                wrong += [f"{document.name}: {line}: {key}" for key in unknown]
+            except (UserError, ValueError) as error:
+                wrong.append(f"{document.name}: {line}: {error}")
+    assert found > 15
+    assert wrong == []

@@ -4,6 +4,7 @@ import errno
 import logging
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -210,6 +211,16 @@ def test_help_of_a_command_lists_the_flags_that_it_takes_and_no_others(command: 
     listed = set(re.findall(r"^  --(\w+) ", help_text(define_flags(), command).partition("\nFlags:\n")[2], re.MULTILINE))
     taken = {name for name in names if is_taken(command, name)}
     assert taken == listed - everywhere if command != "train" else taken <= listed
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_example_of_the_help_can_be_typed(command: str) -> None:
+    examples = re.findall(r"^  (trainer .*?)(?:  .*)?$", help_text(define_flags(), command), re.MULTILINE)
+    if command != "train":
+        examples = [example for example in examples if example.split()[1] == command]
+    assert len(examples) >= 2
+    for example in examples:
+        parse(shlex.split(example))
 
 
 def test_help_after_a_command_is_that_of_the_command(trainer: Trainer) -> None:

@@ -124,7 +124,7 @@ def test_when_the_relay_is_killed_its_child_ends() -> None:
     assert is_there(child)
     process.kill()
     try:
-        wait_until(lambda: not is_there(child), seconds=20, what="the end of the child")
+        wait_until(lambda: not is_there(child), seconds=10, what="the end of the child")
     finally:
         with suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
