@@ -280,6 +280,7 @@ def test_reads_that_training_waits_for_give_up_soon_after_a_stop(
 ) -> None:
     """And others do not: a save has its whole patience."""
     monkeypatch.setattr("trainer.storage.service.HURRIED_SECONDS", 0.3)
+    monkeypatch.setattr(Patience, "seconds", 300.0)
     bucket_service.faults(refuse(UNAVAILABLE, "GET", where("range")))
     with ThreadPoolExecutor(1) as pool:
         reading = pool.submit((folder / "range").read_range, 0, 10)
@@ -287,8 +288,9 @@ def test_reads_that_training_waits_for_give_up_soon_after_a_stop(
         try:
             Hurry.ask()
             with pytest.raises(BucketAwayError, match=r"tried until it was asked to stop; run this again"):
-                reading.result(60)
+                reading.result(30)
             bucket_service.faults(refuse(UNAVAILABLE, "POST", where("write"), times=3))
             assert (folder / "write").write_bytes(NEW).size == len(NEW)
         finally:
             Hurry.forget()
+            bucket_service.faults()
