@@ -39,7 +39,7 @@ def watched(
     ids=["a signal", "no first step", "one step", "no later step", "a stop that takes too long", "after a save"],
 )
 def test_a_process_without_a_step_ends_with_75(limits: dict[str, float], signalled: bool, doing: str, step: int) -> None:
-    code, text = watched(f"{doing} time.sleep(60)", signalled=signalled, **limits)
+    code, text = watched(f"{doing} time.sleep(10)", signalled=signalled, **limits)
     assert code == 75
     line = f"trainer: no step for 0 s after step {step}: a peer hangs or is out of reach; run all workers again: they go on"
     assert text.startswith(line)

@@ -117,7 +117,7 @@ def test_a_peer_that_dies_while_tensorflow_connects_ends_the_other_after_a_while
     workers = Workers(tmp_path / "logs", only=())
     for index in (0, 1):
         workers.start(index, *arguments, first=DIES_WHEN_IT_CONNECTS if index == victim else PATIENT)
-    assert workers.codes(60) == {victim: -signal.SIGKILL, 1 - victim: 1}
+    assert workers.codes(40) == {victim: -signal.SIGKILL, 1 - victim: 1}
     assert "Timeout (0:00:02)!" in workers.log(1 - victim)
     assert strategy.BUILDING_SECONDS == 300, "as docs/distribution.md says"
 
