@@ -48,7 +48,7 @@ def _warm_parent() -> str:
 
 
 class Forked(subprocess.Popen[str]):
-    """`python -m MODULE ARGUMENTS` or `python -c TEXT ARGUMENTS`, forked by the warm parent and handed over: a child of this process like any other."""
+    """`python -m MODULE` or `python -c TEXT`, forked by the warm parent and handed over: a child like any other."""
 
     def _execute_child(self, *given: object) -> None:
         """Start the child: the one step of Popen that is done otherwise here."""
