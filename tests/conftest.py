@@ -49,7 +49,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     known = json.loads(DURATIONS.read_text()) if DURATIONS.is_file() else {}
     items.sort(key=lambda item: -known.get(item.nodeid.split("::")[0], 10.0))
     for item in items:
-        if item.get_closest_marker("clock"):
+        if item.get_closest_marker("clock") and item.config.pluginmanager.hasplugin("rerunfailures"):
             item.add_marker(pytest.mark.flaky(reruns=CLOCK_TRIES - 1))
 
 
