@@ -320,13 +320,20 @@ def test_what_failed_while_nobody_waited_for_it_is_tried_again(
     little: Path, little_there: BucketPath, bucket_service: BucketService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Patience, "seconds", 1.0)
+    monkeypatch.setattr(reading, "REST_SECONDS", 600.0)
     here = Split(little, records.read_manifest(little), "train")
     shards = Shards(little_there, records.read_manifest(little).splits["train"])
     runs = Runs(np.arange(40), shards, 8)
     ahead = ReadAhead(shards, None, 3, 10**9, lambda at: Needs(np.arange(0 if at else 40), runs))
-    bucket_service.faults(Fault("status", path="alt=media", times=None, skip=1))
+    bucket_service.faults(Fault("status", path="00001-of-00002.*alt=media", times=None))
     found = ahead.read(0, [0])
-    wait_until(lambda: len(runs.failures) == 3, what="the failure of all that read ahead")
+
+    def failed_and_resting() -> bool:
+        first, second = range(3), range(3, 6)  # of the two shards
+        ended = all(map(runs.here, first)) and all(map(runs.untouched, second))
+        return ended and len(runs.failures) > 0 and ahead._again_at > time.monotonic()
+
+    wait_until(failed_and_resting, what="the failure of all that was read ahead")
     bucket_service.faults()
     for number in range(1, 40):
         found += ahead.read(0, [number])
