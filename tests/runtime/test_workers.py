@@ -69,6 +69,23 @@ def test_two_replicas_of_one_worker_bring_its_values_once() -> None:
     assert json.loads(done.stdout) == [2, 1, 0, [1.5, 1.0, 0.0], False, True, 2**40], done.stderr
 
 
+BLOCKS = """
+from types import SimpleNamespace
+from trainer.config import Config
+from trainer.runtime.meter import Meter
+from trainer.train.actions import Run
+
+Meter.steps_per_block = lambda self: 3 + index
+length = Run.steps_per_block(SimpleNamespace(config=Config(), meter=Meter(1), workers=workers))
+workers.leave()
+end(0, length)
+"""
+
+
+def test_the_chiefs_clock_counts_for_all() -> None:
+    assert [done.stdout for done in run(BEGIN + BUILD + BLOCKS, 2, 1)] == ["3\n", "3\n"]
+
+
 def test_a_process_alone_agrees_with_itself() -> None:
     workers = meet(tf.distribute.get_strategy(), Cluster())
     assert isinstance(workers, Alone)
