@@ -74,8 +74,10 @@ def test_nothing_is_left_where_it_looked(bucket: str, data: str) -> None:
 
 def test_a_damaged_first_record_is_found_before_training(bucket: str, data: str) -> None:
     damaged = flip_in_record(parse(data), "train", 0)
-    done = run_trainer(f"--data_dir={data}", f"--model_dir={bucket}/run")
+    before = keys(bucket)
+    done = run_trainer(*flags(f"{bucket}/run", *SMALL, data_dir=data))
     assert done.returncode == 2
+    assert keys(bucket) == before
     assert re.match(rf"trainer: {damaged}: .*checksum", told(done)[-1])
 
 
@@ -112,7 +114,8 @@ def test_a_key_file_that_is_not_there_is_named(bucket: str) -> None:
 def test_a_run_in_the_folder_of_vertex_s_model_is_refused(inside: str, bucket: str, data: str) -> None:
     """The exported model replaces all that is in it: the finished run would be gone."""
     model = f"{bucket}/job/model"
-    done = run_trainer(f"--data_dir={data}", f"--model_dir={model}{inside}", AIP_MODEL_DIR=f"{model}/")
+    settings = flags(f"{model}{inside}", *SMALL, "train.steps=1", data_dir=data)
+    done = run_trainer(*settings, AIP_MODEL_DIR=f"{model}/")
     assert done.returncode == 2
     assert told(done) == [
         f"trainer: AIP_MODEL_DIR={model}: the exported model replaces all in it, and {model}{inside} is in it; name another"

@@ -60,7 +60,8 @@ def check_newest(folder: BucketPath) -> int:
     reader = BucketCheckpoints(folder / "checkpoints", 2)
     marker = reader.newest_whole()
     assert marker
-    assert marker == reader.markers()[-1], "what is listed is whole"
+    assert marker == reader.markers()[-1]
+    assert {reader.damage(one) for one in reader.markers()} == {None}, "all that is listed is whole"
     state = state_of(-1, BYTES // 4)
     reader.restore(state, marker)
     assert int(state.step) == marker.step

@@ -105,8 +105,9 @@ def test_the_lease_of_a_dead_process_of_another_machine_expires_by_the_services_
 
 
 def test_a_dead_process_of_this_machine_and_the_same_job_are_not_waited_for(
-    folder: BucketPath, caplog: pytest.LogCaptureFixture
+    folder: BucketPath, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(module, "EXPIRES_SECONDS", 2.0)
     me = this_process("job-1")
     for holder in (replace(me, job="", started="1"), replace(ELSEWHERE, job="job-1")):
         left_by(folder, holder)

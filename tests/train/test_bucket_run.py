@@ -181,6 +181,7 @@ def test_one_request_in_five_that_fails_changes_no_bit(
     bucket: str, data: str, local: Path, tmp_path: Path, bucket_service: BucketService
 ) -> None:
     bucket_service.random_faults(0.2, seed=6, stall_seconds=0.5)
+    bucket_service.faults(Fault("lost_reply", "POST", r"checkpoints\.json"), Fault("lost_reply", "DELETE", "checkpoints/"))
     done = run_trainer(*given(f"{bucket}/run", data))
     hit = [(request.method, request.fault) for request in bucket_service.requests() if request.fault]
     bucket_service.clear()
