@@ -141,7 +141,8 @@ def few_steps(at: Place, case: str) -> Arrays:
     with strategy.scope():
         state.discriminator_optimizer, state.generator_optimizer = (RecordingSgd(of) for of in weights.values())
     block = make_block(strategy, state, config, StopSignal(), deal(strategy, data, config, 0))
-    switch = tf.Variable(False, trainable=False)
+    with strategy.scope():
+        switch = tf.Variable(False, trainable=False)  # on each device: compiled code reads none of another
     with mutated(case), spoiling(switch):
         block(tf.constant(1, tf.int64))
     found = values("first_statistic/g", [v.value for v in state.generator.non_trainable_variables])
