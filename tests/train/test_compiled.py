@@ -53,8 +53,7 @@ def test_the_whole_step_compiles_and_agrees(norm: str, sample_folder: Path) -> N
     """What a TPU needs: no host call, no dynamic shape, both updates and the dropout inside one compiled program."""
     plain = losses_of(sample_folder, f"model.norm={norm}")
     compiled = losses_of(sample_folder, f"model.norm={norm}", "train.ema_decay=0.9", whole=True)
-    print(np.abs(compiled / plain - 1).max())
-    np.testing.assert_allclose(compiled, plain, rtol=1e-3)
+    np.testing.assert_allclose(compiled, plain, rtol=6e-6)  # 6.0e-7 was measured
 
 
 def test_the_compiled_step_has_nothing_that_a_tpu_lacks(sample_folder: Path) -> None:
@@ -84,8 +83,7 @@ def test_compiled_passes_have_the_losses_of_plain_ones(sample_folder: Path) -> N
         losses_of(sample_folder, "runtime.jit=true", "model.norm=batch"),
         losses_of(sample_folder, "model.norm=batch"),
     )
-    print(np.abs(switched / plain - 1).max())
-    np.testing.assert_allclose(switched, plain, rtol=1e-3)
+    np.testing.assert_allclose(switched, plain, rtol=2.5e-6)  # 2.5e-7 was measured
 
 
 def test_mixed_precision_computes_in_bfloat16_and_keeps_weights_and_losses_in_float32(small_data: PairData) -> None:
@@ -100,12 +98,13 @@ def test_mixed_precision_computes_in_bfloat16_and_keeps_weights_and_losses_in_fl
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("norm", ["batch", "instance", "none"])
-def test_mixed_precision_has_the_losses_of_full_precision_to_two_digits(norm: str, sample_folder: Path) -> None:
+@pytest.mark.parametrize(("norm", "bound"), [("batch", 2e-2), ("instance", 2e-3), ("none", 2.8e-3)])
+def test_mixed_precision_has_the_losses_of_full_precision_to_two_digits(norm: str, bound: float, sample_folder: Path) -> None:
+    """Measured: 2.1e-3, 2.1e-4 and 2.8e-4; and some difference there must be."""
     exact = losses_of(sample_folder, f"model.norm={norm}")
     mixed = losses_of(sample_folder, f"model.norm={norm}", "model.precision=mixed_bfloat16")
-    print(np.abs(mixed / exact - 1).max())
-    np.testing.assert_allclose(mixed, exact, rtol=0.05)
+    np.testing.assert_allclose(mixed, exact, rtol=bound)
+    assert np.abs(mixed / exact - 1).max() > 1e-5
 
 
 def test_networks_of_both_precisions_begin_with_the_same_weights(small_data: PairData, tmp_path: Path) -> None:
