@@ -25,6 +25,13 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CLOCK_TRIES = 3
+TF220 = (
+    "tests/model/", "tests/data/test_end_to_end.py", "tests/data/test_pairs.py", "tests/data/test_pipeline.py",
+    "tests/runtime/test_checkpoints.py", "tests/runtime/test_strategy.py", "tests/runtime/test_summaries.py",
+    "tests/runtime/test_workers.py", "tests/test_export.py", "tests/test_predict.py", "tests/test_relay.py",
+    "tests/train/test_block.py", "tests/train/test_compiled.py", "tests/train/test_evaluate.py", "tests/train/test_loop.py",
+    "tests/train/test_optimizer.py", "tests/train/test_replicas.py", "tests/train/test_step.py",
+)  # fmt: skip
 DURATIONS = Path(__file__).parent / "durations.json"
 NEEDS_TENSORFLOW = re.compile(
     r"tensorflow|keras|trainer\.(data|model|runtime|train)|trainer import (data|model|runtime|train)|helpers\.(runs|damage)"
@@ -41,6 +48,13 @@ def pytest_pycollect_makemodule(module_path: Path) -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--store_durations", action="store_true", help=f"write how long each file took into {DURATIONS.name}")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark what depends on TensorFlow's release: the quick tests of these files."""
+    if item.nodeid.startswith(TF220) and not item.get_closest_marker("slow"):
+        item.add_marker(pytest.mark.tf220)
 
 
 @pytest.hookimpl(trylast=True)
