@@ -78,6 +78,7 @@ def test_picture_shows_best_median_and_worst(reports: tuple[Path, str]) -> None:
     assert shown == pytest.approx([l1[0], l1[7], l1[14]], abs=0.01)
 
 
+@pytest.mark.slow
 def test_the_command_measures_the_frozen_generator_too(trained_run: TrainedRun) -> None:
     done = run_trainer(
         "evaluate", f"--model_dir={trained_run.folder.path}", "--split=val", "--inference=frozen", "--checkpoint=best"

@@ -133,7 +133,7 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("form", ["saved_model", "keras"])
+@pytest.mark.parametrize("form", [pytest.param("saved_model", marks=pytest.mark.slow), "keras"])
 def test_a_full_disk_leaves_the_old_export_whole(form: str, trained_run: TrainedRun, exported: Path, tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", 64 << 20) as disk:
         to = disk.path / "export"

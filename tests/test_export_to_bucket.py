@@ -24,6 +24,7 @@ def files_of(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_it_loads_from_a_copy_and_draws_what_predict_draws(
     trained_run: TrainedRun, exported: Path, bucket_service: BucketService, bucket: str, tmp_path: Path
 ) -> None:

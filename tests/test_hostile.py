@@ -117,7 +117,7 @@ def test_predict_names_each_of_150_damaged_pictures_and_draws_the_rest(trained_r
         assert tf.io.decode_png(path.read_bytes()).shape[-1] == 3
 
 
-@pytest.mark.parametrize("name", ["check", "train", "evaluate", "predict"])
+@pytest.mark.parametrize("name", ["check", pytest.param("train", marks=pytest.mark.slow), "evaluate", "predict"])
 def test_a_command_ends_with_2_and_lines_without_a_traceback(
     name: str, trained_run: TrainedRun, sound: Path, sound_records: list[bytes], tmp_path: Path
 ) -> None:

@@ -72,7 +72,7 @@ KINDS = {
     "four channels from 16-bit colour": Kind(Side(label, 3, 16, "png"), Side(photo, 4, 8, "png"), (32, 32), "forward"),
     "colour from colour, reverse": Kind(Side(photo, 3, 8, "bmp"), Side(label, 3, 8, "tiff"), (48, 32), "reverse"),
 }
-SLOW = ("four channels from 16-bit colour", "colour from colour, reverse")
+SLOW = ("16-bit colour from grey", "four channels from 16-bit colour", "colour from colour, reverse")
 
 
 class Done(NamedTuple):

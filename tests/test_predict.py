@@ -112,6 +112,7 @@ def test_nothing_to_draw_is_one_line(tmp_path: Path) -> None:
         find_jobs(str(tmp_path / "nope"))
 
 
+@pytest.mark.slow
 def test_a_picture_leaves_nothing_in_memory_and_a_new_size_makes_no_new_graph(trained_run: TrainedRun) -> None:
     """Of 80 pictures that hold 36 MB together, fewer than 20 may stay."""
     predictor, process = Predictor(trained_run), psutil.Process()
@@ -161,6 +162,7 @@ def test_names_of_other_scripts_are_drawn(trained_run: TrainedRun, tmp_path: Pat
     assert (tmp_path / "out" / name).is_file()
 
 
+@pytest.mark.slow
 def test_links_and_spaces_are_followed_and_kept(trained_run: TrainedRun, tmp_path: Path) -> None:
     """A picture that is a link is drawn under the link's own name; a linked folder is one as any other."""
     original = tmp_path / "elsewhere" / "o.png"
@@ -205,6 +207,7 @@ def test_a_picture_of_more_than_100_million_pixels_is_named_and_the_others_drawn
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["small.png"]
 
 
+@pytest.mark.slow
 def test_two_at_the_same_time_write_whole_drawings_into_one_folder(trained_run: TrainedRun, tmp_path: Path) -> None:
     """Both are in the middle of their work when either goes on: a picture of each comes through a pipe, when we say so."""
     processes = []

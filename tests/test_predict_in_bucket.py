@@ -133,6 +133,7 @@ def test_originals_are_never_replaced_and_old_drawings_never_drawn_again(
         predict(trained_run, where, where / "a.png")
 
 
+@pytest.mark.slow
 def test_under_faults_the_same_and_away_is_said(
     trained_run: TrainedRun, pictures: Path, bucket_service: BucketService, bucket: str, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -174,6 +175,7 @@ def run_in_bucket(run: TrainedRun, url: str) -> TrainedRun:
     return open_run(parse(url))
 
 
+@pytest.mark.slow
 def test_a_run_in_a_bucket_is_drawn_with_and_exported_as_one_here(
     trained_run: TrainedRun, bucket_service: BucketService, bucket: str, tmp_path: Path
 ) -> None:

@@ -123,6 +123,7 @@ def test_a_run_in_the_folder_of_vertex_s_model_is_refused(inside: str, bucket: s
     assert parse(model).listing() == {}
 
 
+@pytest.mark.slow
 def test_files_of_somebody_in_the_folder_of_vertex_s_model_are_not_replaced(bucket: str, data: str) -> None:
     model = parse(f"{bucket}/job/model")
     (model / "saved_model.pb").write_bytes(b"an earlier one")

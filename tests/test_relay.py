@@ -70,6 +70,7 @@ def test_a_wrong_flag_is_told_in_the_form_that_was_asked_for() -> None:
     assert "--help" in str(last["message"])
 
 
+@pytest.mark.slow
 def test_the_last_object_names_a_damaged_record_and_what_to_do(sample_folder: Path, tmp_path: Path, where: None) -> None:
     data = Path(shutil.copytree(sample_folder, tmp_path / "data"))
     damaged = flip_in_record(data, "train", 3)
@@ -266,6 +267,7 @@ relayed()
 """
 
 
+@pytest.mark.slow
 def test_lines_of_absl_and_of_tensorflow_are_one_object_each(where: None) -> None:
     """What C++ puts before its first line, whether that comes with the import or later, is none of them."""
     quiet = {"TF_CPP_MIN_LOG_LEVEL": "1"}
@@ -286,6 +288,7 @@ def test_lines_of_absl_and_of_tensorflow_are_one_object_each(where: None) -> Non
     assert of_python == ("WARNING", 7, 3)
 
 
+@pytest.mark.slow
 def test_at_a_start_as_text_nobody_but_the_trainer_speaks(tmp_path: Path) -> None:
     settings = (f"--set={setting}" for setting in (*SMALL, "data.image_size=[32,32]", "train.steps=4", "train.evaluate_every=0"))
     done = run_trainer(f"--model_dir={tmp_path / 'run'}", *settings, cold=True)

@@ -16,6 +16,8 @@ from trainer.model.generators import translate
 from trainer.train.evaluate import Evaluator
 from trainer.trained import TrainedRun, open_run
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = (
     *SMALL,
     "data.image_size=[32,32]",

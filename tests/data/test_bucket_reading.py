@@ -133,7 +133,7 @@ def test_batches_are_those_of_the_folder(
 
 
 @pytest.mark.parametrize(
-    ("size", "workers"), [(4, 2), (32, 4), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(4, 1), (4, 4), (32, 2)])]
+    ("size", "workers"), [(4, 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(4, 1), (4, 4), (32, 2), (32, 4)])]
 )
 @pytest.mark.usefixtures("in_chunks")
 def test_workers_read_their_own_records_each_byte_once_and_in_runs(
@@ -204,7 +204,7 @@ def test_the_sizes_of_all_shards_are_one_request(little_there: BucketPath, bucke
     assert [entry.method for entry in bucket_service.requests()] == ["GET", "GET"]
 
 
-@pytest.mark.parametrize("room", [1, 5])
+@pytest.mark.parametrize("room", [1, pytest.param(5, marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("in_chunks")
 def test_a_small_room_costs_time_and_no_more(room: int, big: Path, big_there: BucketPath, bucket_service: BucketService) -> None:
     """1 MB holds 23 of these records; a batch alone is more than that."""
@@ -222,7 +222,9 @@ def test_a_small_room_costs_time_and_no_more(room: int, big: Path, big_there: Bu
 FAULTS = (("status", 503), ("truncate", 0), ("reset", 0), ("status", 429), ("stall", 0), ("corrupt", 0))
 
 
-@pytest.mark.parametrize("cache", ["none", "memory", "disk"])
+@pytest.mark.parametrize(
+    "cache", ["none", pytest.param("memory", marks=pytest.mark.slow), pytest.param("disk", marks=pytest.mark.slow)]
+)
 @pytest.mark.usefixtures("in_chunks")
 def test_each_kind_of_fault_changes_no_batch(cache: str, big: Path, big_there: BucketPath, bucket_service: BucketService) -> None:
     """The first requests for each shard meet two of them, so that all are met however few requests there are.
@@ -409,6 +411,7 @@ def test_check_reads_all_of_a_bucket_once(little: Path, little_there: BucketPath
     assert_each_byte_once(ranges(bucket_service), sum(total_bytes(little, split) for split in ("train", "val", "test")))
 
 
+@pytest.mark.slow
 @pytest.mark.clock
 def test_a_signal_is_heard_while_records_of_a_bucket_are_waited_for(
     little_there: BucketPath, bucket_service: BucketService
@@ -431,6 +434,7 @@ def test_check_draws_thumbnails_of_a_bucket(little_there: BucketPath, little: Pa
     assert (tmp_path / "there.png").read_bytes() == (tmp_path / "here.png").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_run_that_loses_its_bucket_ends_with_75_and_one_line(
     little_there: BucketPath, bucket_service: BucketService, tmp_path: Path
 ) -> None:

@@ -262,6 +262,7 @@ def test_a_signal_ends_it_with_143_and_leaves_no_process(
     assert done.stderr.strip().splitlines()[-1].startswith(f"trainer: {number.name}: stopped")
 
 
+@pytest.mark.slow
 def test_killed_it_leaves_no_process_and_the_next_one_goes_on(stuck: Path, tmp_path: Path) -> None:
     """SIGKILL of the parent while one of its processes reads: they end themselves. The shards that it finished are used.
 

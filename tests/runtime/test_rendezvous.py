@@ -152,7 +152,9 @@ def test_a_worker_that_was_started_again_takes_its_own_place() -> None:
     meeting.chief()
     with meeting.connection() as dead:
         dead.sendall(meeting.hello(1))
-    meeting.workers(1, 2)
+    meeting.workers(1)
+    wait_until(lambda: sockets_at(meeting.ports[0], TALKS) == 1, what="worker 1 once more")
+    meeting.workers(2)  # the last to come, so the chief has met both that say they are worker 1
     assert meeting.finish() == dict.fromkeys(range(3), PLAN)
 
 

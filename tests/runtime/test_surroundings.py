@@ -149,6 +149,7 @@ def test_a_run_does_not_depend_on_where_its_folders_lie(strange: Strange, undist
     assert_same_run(strange.link, undisturbed)
 
 
+@pytest.mark.slow
 def test_links_stay_links_and_checkpoints_lie_on_the_other_disk(strange: Strange) -> None:
     assert strange.link.is_symlink()
     assert (strange.run / "checkpoints").is_symlink()

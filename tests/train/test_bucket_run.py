@@ -97,6 +97,7 @@ def test_a_save_takes_at_most_seven_requests(bucket: str, sample_folder: Path, b
     assert len(sent) / 12 <= 7, "two uploads, the list, two removals, and what the start and the best one take"
 
 
+@pytest.mark.slow
 def test_killed_before_the_first_checkpoint_and_in_an_upload_it_ends_with_the_same_bits(
     bucket: str, data: str, local: Path, tmp_path: Path, bucket_service: BucketService
 ) -> None:

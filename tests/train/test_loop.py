@@ -211,6 +211,7 @@ def test_finished_run_says_so_and_changes_nothing(undisturbed: Path) -> None:
     assert contents(undisturbed) == before
 
 
+@pytest.mark.slow
 def test_other_settings_are_refused_and_more_steps_are_not(undisturbed: Path, tmp_path: Path) -> None:
     """The last step is saved though no checkpoint is asked for; other threads are warned of."""
     folder = Path(shutil.copytree(undisturbed, tmp_path / "run"))
@@ -257,7 +258,9 @@ def test_divergence_ends_with_3_keeps_the_last_good_and_is_not_replayed(tmp_path
     assert "training on" not in again.stderr
 
 
-@pytest.mark.parametrize(("split", "number"), [("train", 27), pytest.param("val", 5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("split", "number"), [pytest.param("train", 27, marks=pytest.mark.slow), pytest.param("val", 5, marks=pytest.mark.slow)]
+)
 def test_damaged_record_ends_with_2_and_is_named(split: str, number: int, sample_folder: Path, tmp_path: Path) -> None:
     data = Path(shutil.copytree(sample_folder, tmp_path / "data"))
     damaged = flip_in_record(data, split, number)

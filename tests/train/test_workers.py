@@ -108,7 +108,7 @@ strategy.BUILDING_SECONDS = 2
 """
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_peer_that_dies_while_tensorflow_connects_ends_the_other_after_a_while(
     victim: int, sample_folder: Path, tmp_path: Path
 ) -> None:
@@ -209,6 +209,7 @@ losses.l1_loss = lambda target, drawn: l1_loss(target, drawn) + tf.constant(floa
 """
 
 
+@pytest.mark.slow
 def test_a_worker_that_diverges_alone_ends_all_with_3_and_they_do_not_begin_again(sample_folder: Path, tmp_path: Path) -> None:
     arguments = flags(tmp_path / "run", *BARE, "train.steps=8", data_dir=sample_folder)
     workers = Workers(tmp_path / "logs", only=())
