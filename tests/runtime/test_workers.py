@@ -96,10 +96,10 @@ def test_a_process_alone_agrees_with_itself() -> None:
 
 
 DIES = """
-for number in range(3):
-    workers.any(False)
 try:
     with naming_lost_peers(cluster):
+        for number in range(3):
+            workers.any(False)
         if index == VICTIM:
             os.kill(os.getpid(), signal.SIGKILL)
         workers.any(False)
@@ -118,9 +118,9 @@ def test_a_peer_that_dies_is_lost_and_named(victim: int, other: int) -> None:
 
 
 LEAVES = """
-workers.any(False)
 try:
     with naming_lost_peers(cluster):
+        workers.any(False)
         if index == 1:
             end(1, "failed in its part")
         workers.leave()
