@@ -89,6 +89,7 @@ def wait_for_training(process: subprocess.Popen[str]) -> None:
 ENDLESS = ("train.steps=100000", "train.evaluate_every=0", "train.checkpoint_every=5")
 
 
+@pytest.mark.slow
 def test_a_signal_passes_through_and_its_answer_comes_out(tmp_path: Path) -> None:
     process = start_trainer(*flags(tmp_path / "run", *ENDLESS))
     wait_for_training(process)

@@ -168,6 +168,7 @@ def test_a_list_may_name_addresses_and_two_folders_may_lie_apart(bucket: str, tm
     assert one["splits"] == three["splits"]
 
 
+@pytest.mark.slow
 def test_under_faults_from_and_to_a_bucket_the_same_objects(
     pictures: Path, local: Path, bucket_service: BucketService, bucket: str
 ) -> None:

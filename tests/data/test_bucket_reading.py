@@ -298,7 +298,7 @@ def test_a_shard_that_goes_away_while_it_is_read_is_named(little: Path, little_t
 
 
 @pytest.mark.clock
-@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("split", ["train", pytest.param("test", marks=pytest.mark.slow)])
 def test_a_bucket_that_stays_away_ends_with_what_it_said(
     split: str, little_there: BucketPath, bucket_service: BucketService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -310,6 +310,7 @@ def test_a_bucket_that_stays_away_ends_with_what_it_said(
     assert time.monotonic() - began < 8
 
 
+@pytest.mark.slow
 def test_a_bucket_that_comes_back_is_read_on(little: Path, little_there: BucketPath, bucket_service: BucketService) -> None:
     settings = config("train.batch_size=4", "data.cache=none")
     data = PairData(little_there, settings)

@@ -16,23 +16,27 @@ import tensorflow as tf
 from trainer.runtime.preemption import StopSignal
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 
+def say(text):  # in one piece, for two threads speak
+    sys.stdout.write(text + "\\n")
+    sys.stdout.flush()
+
 def spin(flag, steps):
     return tf.while_loop(lambda step: ~flag.read_value(), lambda step: [steps.assign_add(1)], [steps.read_value()])
 
 def tell(steps):
     while steps.numpy() == 0:
         time.sleep(0.001)
-    print("in the block", flush=True)
+    say("in the block")
 
-with StopSignal(lambda: print("then", flush=True)) as stop:
+with StopSignal(lambda: say("then")) as stop:
     steps = tf.Variable(0, dtype=tf.int64)
     compiled = tf.function(lambda: spin(stop.flag, steps), autograph=False).get_concrete_function()
     threading.Thread(target=tell, args=(steps,), daemon=True).start()
     compiled()
-    print(f"left the block after {stop.received}", flush=True)
+    say(f"left the block after {stop.received}")
     if "wait" in sys.argv:
         time.sleep(60)
-print("restored")
+say("restored")
 """
 
 

@@ -91,8 +91,9 @@ def state(data: PairData) -> TrainState:
 @pytest.mark.parametrize(
     ("input_seconds", "step_seconds", "queue", "share"),
     [
-        (0.05, 0.01, 1, 4 / 5),  # both work at the same time: what the input takes longer is waited for
-        (0.06, 0.02, 1, 2 / 3),
+        # Both work at the same time: what the input takes longer is waited for.
+        pytest.param(0.05, 0.01, 1, 4 / 5, marks=pytest.mark.slow),
+        pytest.param(0.06, 0.02, 1, 2 / 3, marks=pytest.mark.slow),
         (0.02, 0.01, 4, 1 / 2),
         (0.01, 0.03, 1, 0.0),  # the step is the slower one
     ],

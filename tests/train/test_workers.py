@@ -51,6 +51,7 @@ def last_words(workers: Workers) -> list[str]:
 # Death.
 
 
+@pytest.mark.slow
 def test_a_killed_worker_ends_the_chief_with_75(sample_folder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     workers = Workers(tmp_path / "logs", *flags(folder, *ENDLESS, data_dir=sample_folder), first=NOTICED_SOON)
