@@ -36,7 +36,7 @@ $(VENV)/.installed-dev: setup.py | $(BIN)/python
 quickstart: $(VENV)/.installed-cpu ## install, train on the sample for about two minutes, say where the pictures are
 	$(BIN)/trainer --config=configs/sample.yaml --model_dir=runs/sample
 
-test: $(VENV)/.installed-dev ## install, run the tests that fit before every commit: under 4 minutes
+test: $(VENV)/.installed-dev ## install, run the tests that fit before every commit: 4 to 5 minutes
 	$(PYTEST) $(TWO_AT_ONCE) -m '$(QUICK) and not clock'
 	$(PYTEST) -m '$(QUICK) and clock' $(CLOCKED)
 
