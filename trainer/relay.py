@@ -16,7 +16,7 @@ from typing import Any
 
 from trainer.errors import ExitCode
 from trainer.runtime.logs import FIELDS, Where, entry
-from trainer.startup import NOISE, STOPS
+from trainer.startup import STOPS, is_noise
 
 CHILD = "from trainer.__main__ import relayed; relayed()"
 _SEVERITIES = {"I": "INFO", "W": "WARNING", "E": "ERROR", "F": "CRITICAL"}
@@ -42,11 +42,6 @@ def _own(line: str) -> dict[str, Any] | None:
     return document if isinstance(document, dict) and set(document) == set(FIELDS) else None
 
 
-def _is_noise(line: str) -> bool:
-    """What C++ puts before the first line that it has to say, whenever that comes."""
-    return any(noise.decode() in line for noise in NOISE)
-
-
 class Reader:
     """Makes entries of lines: its own JSON as it is; a traceback, from its heading to the line that names the error, as one.
 
@@ -70,7 +65,7 @@ class Reader:
                 yield from self.end()
         elif line.startswith(_TRACEBACK):
             self._traceback = [line]
-        elif line and not _is_noise(line):
+        elif line and not is_noise(line.encode()):
             yield self._plain(line)
 
     def end(self) -> Iterator[dict[str, Any]]:

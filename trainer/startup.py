@@ -20,7 +20,7 @@ from trainer.errors import ExitCode
 
 STOPS = (signal.SIGTERM, signal.SIGINT)
 _LOADED = signal.SIGURG  # tells the thread that waits for signals that there is nothing more to wait for
-NOISE = (b"All log messages before absl::InitializeLog()", b"oneDNN custom operations are on")
+_NOISE = (b"All log messages before absl::InitializeLog()", b"oneDNN custom operations are on")
 _METADATA_SERVER = ("metadata.google.internal", 80)
 _METADATA_SECONDS = 3.0  # it is next door, and answers in milliseconds where there is one
 
@@ -55,6 +55,11 @@ def answer_early_stops(argv: Sequence[str]) -> None:
             signal.signal(number, leave)
 
 
+def is_noise(line: bytes) -> bool:
+    """Whether it is what C++ puts before the first line that it has to say, whenever that comes."""
+    return any(noise in line for noise in _NOISE)
+
+
 @contextmanager
 def _filtered_stderr() -> Iterator[int]:
     """Hold back what is written to file descriptor 2, by C++ too, and then pass on all of it but the known noise.
@@ -74,7 +79,7 @@ def _filtered_stderr() -> Iterator[int]:
             os.dup2(kept, 2)
             os.close(kept)
             held.seek(0)
-            lines = [line for line in held if not any(noise in line for noise in NOISE)]
+            lines = [line for line in held if not is_noise(line)]
             os.write(2, b"".join(lines))
 
 

@@ -18,6 +18,9 @@ from trainer.data.split import Means, Reader, Split
 from trainer.errors import DataError
 from trainer.storage.places import Place
 
+# Record, augmentation and index of an example -> what the networks get of it.
+Prepare = Callable[[tf.Tensor, tf.Tensor, tf.Tensor], dict[str, tf.Tensor]]
+
 READS_AT_ONCE = 4
 BATCHES_AHEAD = 4
 # What a lost worker raises; no record has to be looked at again for it.
@@ -30,9 +33,6 @@ class Specs:
 
     input: ImageSpec
     target: ImageSpec
-
-
-Prepare = Callable[[tf.Tensor, tf.Tensor, tf.Tensor], dict[str, tf.Tensor]]
 
 
 class PairData:

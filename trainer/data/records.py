@@ -20,7 +20,7 @@ from pydantic import BaseModel, Field
 
 from trainer.config import validation_lines
 from trainer.errors import DataError, TrainerError
-from trainer.storage.places import Place, sizes_in
+from trainer.storage.places import Place, naming, sizes_in
 
 MANIFEST_NAME = "dataset.json"
 _HEADER = struct.Struct("<QI")
@@ -171,17 +171,13 @@ def write_shard(path: Path, records: Iterable[bytes]) -> Shard:
     """Write records to one shard, synced to disk, and return its entry for the manifest."""
     offsets, position = [], 0
     checksum = google_crc32c.Checksum()
-    try:
-        with path.open("wb") as file:
-            for record in records:
-                framed = frame(record)
-                offsets.append(position)
-                position += file.write(framed)
-                checksum.update(framed)
-            _sync(file)
-    except OSError as error:  # that of a full disk does not say which file it is about
-        error.filename = error.filename or str(path)
-        raise
+    with naming(path), path.open("wb") as file:
+        for record in records:
+            framed = frame(record)
+            offsets.append(position)
+            position += file.write(framed)
+            checksum.update(framed)
+        _sync(file)
     return Shard(file=path.name, bytes=position, crc32c=checksum.digest().hex(), offsets=offsets)
 
 

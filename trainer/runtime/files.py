@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from trainer.storage.bucket import PROBES, BucketPath
-from trainer.storage.places import Place
+from trainer.storage.places import Place, naming
 from trainer.storage.transfer import replace_folder
 
 log = logging.getLogger(__name__)
@@ -35,17 +35,6 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-@contextmanager
-def naming(path: Place, temporary: Path | None = None) -> Iterator[None]:
-    """Let an error of the system say which file it is about: that of a full disk names none, others the temporary one."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno and error.filename in (None, str(temporary)):
-            error.filename = str(path)
-        raise
 
 
 def write_speed(folder: Place) -> float:

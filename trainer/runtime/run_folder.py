@@ -25,7 +25,7 @@ from trainer.runtime import files
 from trainer.runtime.checkpoints import Checkpoints
 from trainer.runtime.pictures import save_grid
 from trainer.storage.bucket import BucketPath
-from trainer.storage.places import Place
+from trainer.storage.places import Place, naming
 
 LOCK_SECONDS = 10.0
 DEAD_NODE_SECONDS = 100.0  # after which a network file system frees the lock of a node that died
@@ -202,7 +202,7 @@ class RunFolder:
 
     def add_metrics(self, entry: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl, synced to disk."""
-        with files.naming(self.metrics_file), (self.here / self.metrics_file.name).open("a", encoding="utf-8") as file:
+        with naming(self.metrics_file), (self.here / self.metrics_file.name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
             file.flush()
             os.fsync(file.fileno())

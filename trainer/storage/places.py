@@ -2,6 +2,8 @@
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from trainer.errors import UserError
@@ -24,6 +26,22 @@ def place(text: str, flag: str) -> Place:
     if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*:/|gs:", text):
         raise UserError(f"{flag}={text}: allowed: a folder of this machine, or gs://BUCKET/FOLDER")
     return Path(text)
+
+
+@contextmanager
+def naming(path: Place, temporary: Path | None = None) -> Iterator[None]:
+    """Let an error of the system say which file it is about: that of a full disk names none, others the temporary one.
+
+    Args:
+        path: the file as the user knows it.
+        temporary: the file that is written in its stead, if there is one.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno and error.filename in (None, str(temporary)):
+            error.filename = str(path)
+        raise
 
 
 def is_bucket(text: str) -> bool:
