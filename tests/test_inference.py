@@ -149,7 +149,7 @@ def test_a_drawing_has_the_targets_channels_depth_and_size(done: Done) -> None:
     header = (done.folder / "drawn" / "0.png").read_bytes()[16:26]
     assert header[8] == done.kind.drawn.bits, "the depth that the PNG states"
     levels = np.unique(done.drawn(0) >> (done.kind.drawn.bits - 8))
-    assert levels.max() - levels.min() > 40, "a picture of the whole range, not of a corner of it"
+    assert levels.max() - levels.min() > 40, "an image of the whole range, not of a part of it"
 
 
 def test_per_image_scores_are_those_of_the_files(done: Done) -> None:

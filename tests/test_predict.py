@@ -209,7 +209,7 @@ def test_a_picture_of_more_than_100_million_pixels_is_named_and_the_others_drawn
 
 @pytest.mark.slow
 def test_two_at_the_same_time_write_whole_drawings_into_one_folder(trained_run: TrainedRun, tmp_path: Path) -> None:
-    """Both are in the middle of their work when either goes on: a picture of each comes through a pipe, when we say so."""
+    """Both are in the middle of their work: one image of each comes through a pipe, which the test fills late."""
     processes = []
     for number in range(2):
         folder = tmp_path / str(number)

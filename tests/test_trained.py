@@ -67,7 +67,7 @@ def test_it_measures_what_the_run_measured(averaged_run: TrainedRun) -> None:
 
 
 def in_float32(run: TrainedRun) -> TrainedRun:
-    """The same run, drawn with in full precision."""
+    """The same run, generating in full precision."""
     model = run.config.model.model_copy(update={"precision": "float32"})
     return dataclasses.replace(run, config=run.config.model_copy(update={"model": model}))
 
