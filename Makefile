@@ -8,9 +8,11 @@ BIN    := $(VENV)/bin
 LOCK = $(BIN)/uv pip compile -q --upgrade --generate-hashes --python-version 3.11 --python-platform x86_64-manylinux_2_31 \
 	--no-emit-index-url --no-annotate --custom-compile-command "make lock"
 # Tiers: see docs/testing.md. Two files of tests run at a time; what compares times runs with nothing beside it.
+# pytest keeps the tests that it has rewritten: later runs begin some seconds earlier.
+unexport PYTHONDONTWRITEBYTECODE
 PYTEST ?= $(BIN)/python -m pytest
 TWO_AT_ONCE := -n 2 --dist loadfile --no-loadscope-reorder
-QUICK := not slow and not container
+QUICK := not slow and not clock and not container
 CLOCKED = $(shell grep -rl --include='test_*.py' 'mark\.clock' tests)
 
 .PHONY: help quickstart test test-slow test-full test-tf220 test-tf220-full mutations lint workflow format lock drawings clean
@@ -37,12 +39,11 @@ quickstart: $(VENV)/.installed-cpu ## install, train on the sample for about two
 	$(BIN)/trainer --config=configs/sample.yaml --model_dir=runs/sample
 
 test: $(VENV)/.installed-dev ## install, run the tests that fit before every commit: 4 to 5 minutes
-	$(PYTEST) $(TWO_AT_ONCE) -m '$(QUICK) and not clock'
-	$(PYTEST) -m '$(QUICK) and clock' $(CLOCKED)
+	$(PYTEST) $(TWO_AT_ONCE) -m '$(QUICK)'
 
 test-slow: $(VENV)/.installed-dev ## run the tests that take longer: real processes, buckets, long stories
 	$(PYTEST) $(TWO_AT_ONCE) -m 'slow and not clock' --durations=10
-	$(PYTEST) -m 'slow and clock' -s $(CLOCKED)
+	$(PYTEST) -m clock -s $(CLOCKED)
 
 test-full: test test-slow ## run every test but the containers': under 25 minutes
 

@@ -11,8 +11,7 @@ import pytest
 from filelock import FileLock
 
 from tests.helpers.bucket.fixtures import bucket, bucket_service, empty_working_folder
-from tests.helpers.processes import run_trainer
-from tests.helpers.settings import SMALL, flags, small_config
+from tests.helpers.settings import small_config
 
 if TYPE_CHECKING:
     from trainer.data.pipeline import PairData
@@ -142,21 +141,13 @@ def float64() -> Iterator[None]:
     keras.config.set_dtype_policy("float32")
 
 
-def _train_a_little(folder: Path) -> None:
-    from trainer.runtime.checkpoints import Checkpoints
-
-    settings = (*SMALL, "train.steps=24", "train.evaluate_every=20", "train.sample_every=0", "optimizer.learning_rate=0.01")
-    done = run_trainer(*flags(folder, *settings))
-    assert done.returncode == 0, done.stderr
-    Checkpoints(folder / "checkpoints", 3).mark_best(20, 0.0)
-
-
 @pytest.fixture(scope="session")
 def trained_run(shared: Shared) -> "TrainedRun":
     """A run of 24 steps on the sample, its best evaluation at step 20 by decree; leave it as it is."""
+    from tests.helpers.runs import train_a_little
     from trainer.trained import open_run
 
-    return open_run(shared("trained", _train_a_little))
+    return open_run(shared("trained", train_a_little))
 
 
 @pytest.fixture(scope="session")

@@ -71,6 +71,7 @@ def difference(a: np.ndarray, b: np.ndarray) -> int:
     return int(np.abs(a.astype(int) - b).max())
 
 
+@pytest.mark.slow
 def test_exports_draw_predicts_pixels_without_the_package(trained_run: TrainedRun, exported: Path, tmp_path: Path) -> None:
     drawn, modules = used(exported, tmp_path / "work")
     plain, seven = Predictor(trained_run), Predictor(trained_run, 7)

@@ -68,6 +68,7 @@ def data(bucket: str, sample_folder: Path) -> str:
     return f"{bucket}/data"
 
 
+@pytest.mark.slow
 def test_data_and_model_in_a_bucket_give_the_bits_of_a_local_run(
     bucket: str, data: str, local: Path, tmp_path: Path, bucket_service: BucketService
 ) -> None:

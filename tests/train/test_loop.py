@@ -13,9 +13,21 @@ from tests.helpers.damage import flip_in_record
 from tests.helpers.deaths import Moment, end_at, files_of, restore_all, states_of
 from tests.helpers.events import scalars
 from tests.helpers.processes import finish, run_trainer, start_program, start_trainer
-from tests.helpers.runs import SHORT_STEPS, assert_same_run, contents, last_line, newest, newest_step, short, wait_for_step
+from tests.helpers.runs import (
+    LITTLE,
+    SHORT_STEPS,
+    assert_same_run,
+    contents,
+    last_line,
+    newest,
+    newest_step,
+    short,
+    train_a_little,
+    wait_for_step,
+)  # fmt: skip
 from tests.helpers.settings import TINY, flags
 from trainer.runtime.checkpoints import Checkpoints
+from trainer.trained import TrainedRun
 
 LOOP, ACTIONS = "trainer.train.loop", "trainer.train.actions"
 
@@ -40,6 +52,17 @@ def dense(folder: Path) -> list[str]:
     return short(folder, "train.steps_per_loop=10")
 
 
+def test_killed_in_an_evaluation_it_ends_with_the_same_bits(trained_run: TrainedRun, tmp_path: Path) -> None:
+    """The shortest story of all: steps 17 to 20 and the first images of their evaluation are done again."""
+    folder = tmp_path / "run"
+    killed = end_at(Moment(ACTIONS, "Run._interrupted", 2), *flags(folder, *LITTLE))
+    assert killed.returncode == -signal.SIGKILL
+    assert newest_step(folder) == 16
+    train_a_little(folder)
+    assert_same_run(folder, trained_run.folder.path)
+
+
+@pytest.mark.slow
 def test_stopped_where_something_is_due_and_killed_in_a_rotation_it_ends_with_the_same_bits(
     undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -172,6 +195,7 @@ def test_a_clock_that_is_set_back_changes_no_bit(undisturbed: Path, tmp_path: Pa
     assert 0.0 <= min(shares) <= max(shares) <= 1.0
 
 
+@pytest.mark.slow
 def test_a_run_leaves_what_the_readme_says(undisturbed: Path) -> None:
     assert {path.name for path in undisturbed.iterdir()} == {
         ".lock", "config.yaml", "checkpoints", "summaries", "samples", "metrics.jsonl", "data", "data.json"
@@ -190,6 +214,7 @@ def test_a_run_leaves_what_the_readme_says(undisturbed: Path) -> None:
     assert sorted(path.name for path in (undisturbed / "samples").iterdir()) == [f"step-{step:07d}.png" for step in (20, 40, 60)]
 
 
+@pytest.mark.slow
 def test_a_run_logs_its_scalars_where_they_are_due(undisturbed: Path) -> None:
     steps: dict[str, list[int]] = {}
     for step, tag, _ in scalars(undisturbed, measured=True):
@@ -202,6 +227,7 @@ def test_a_run_logs_its_scalars_where_they_are_due(undisturbed: Path) -> None:
     assert set(range(12, 61, 4)) <= set(share) <= set(range(4, 61, 4)), "the first block is left out"
 
 
+@pytest.mark.slow
 def test_finished_run_says_so_and_changes_nothing(undisturbed: Path) -> None:
     before = contents(undisturbed)
     done = run_trainer(*short(undisturbed))
@@ -240,6 +266,7 @@ def test_damaged_newest_checkpoint_falls_back_and_ends_with_the_same_bits(undist
     assert_same_run(folder, undisturbed)
 
 
+@pytest.mark.slow
 def test_divergence_ends_with_3_keeps_the_last_good_and_is_not_replayed(tmp_path: Path) -> None:
     """A learning rate that overflows within a few steps of the first checkpoint."""
     folder = tmp_path / "run"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tests.helpers.equality import MUTATIONS, OTHERS, RATE, SMALLER, STEPS, scattered
+from tests.helpers.equality import BATCH, MUTATIONS, OTHERS, RATE, SMALLER, STEPS, scattered
 from tests.helpers.plain import Examples, gradients_of_discriminator, gradients_of_generator
 from tests.helpers.settings import small_config
 from tests.helpers.topologies import Found, Topologies
@@ -61,20 +61,20 @@ def one(topologies: Topologies) -> Found:
     return topologies.run(1, 1, "float64", SYNC, "adam", "scores")[0]
 
 
-@pytest.fixture(scope="module")
-def widest(topologies: Topologies) -> list[Found]:
-    """Two workers of two devices."""
-    return topologies.run(*WIDEST, "float64", SYNC, *TOGETHER)
+@pytest.fixture(scope="module", params=[(1, 2), pytest.param(WIDEST, marks=pytest.mark.slow)], ids=["1 worker", "2 workers"])
+def several(topologies: Topologies, request: pytest.FixtureRequest) -> list[Found]:
+    """What one or two workers of two devices have, each."""
+    return topologies.run(*request.param, "float64", SYNC, *TOGETHER)
 
 
-def test_two_workers_of_two_devices_take_the_step_of_one_device(one: Found, widest: list[Found]) -> None:
+def test_workers_of_two_devices_take_the_step_of_one_device(one: Found, several: list[Found]) -> None:
     """Dropout and a norm over all of the batch: gradients, weights after three steps, statistics, losses."""
-    assert_equal(one, widest)
+    assert_equal(one, several)
 
 
-def test_the_optimiser_makes_the_same_bits_of_the_same_gradients(one: Found, widest: list[Found]) -> None:
+def test_the_optimiser_makes_the_same_bits_of_the_same_gradients(one: Found, several: list[Found]) -> None:
     """And nothing of a gradient that is withheld, on any device."""
-    for found in widest:
+    for found in several:
         weight = found["float64/adam/weight/00"]
         np.testing.assert_array_equal(weight, one["float64/adam/weight/00"])
         for place in range(6):  # the weight and both moments, on two devices
@@ -83,44 +83,45 @@ def test_the_optimiser_makes_the_same_bits_of_the_same_gradients(one: Found, wid
         np.testing.assert_array_equal(found["float64/adam/withheld/00"], weight)
 
 
-def test_an_infinity_on_one_replica_moves_no_weight_on_any(widest: list[Found]) -> None:
-    for found in widest:
+def test_an_infinity_on_one_replica_moves_no_weight_on_any(several: list[Found]) -> None:
+    for found in several:
         moved, healthy, step = found[f"float64/{SYNC}/spoilt"].tolist()
         assert (moved, healthy, step) == (False, False, STEPS)
 
 
-def test_each_replica_is_dealt_its_places_of_every_global_batch(widest: list[Found], sample_folder: Path) -> None:
-    """Worker w of two devices has the places 4w to 4w + 3, two for each; from step 5 on, as one device reads them."""
+def test_each_replica_is_dealt_its_places_of_every_global_batch(several: list[Found], sample_folder: Path) -> None:
+    """Worker by worker and device by device, each its next places; from step 5 on, as one device reads them."""
     data = PairData(sample_folder, small_config(*SMALLER))
     whole = list(data.training_batches(5, 7))
-    for worker, found in enumerate(widest):
+    each = BATCH // (2 * len(several))
+    for worker, found in enumerate(several):
         for replica in range(2):
-            first = 4 * worker + 2 * replica
+            places = range(BATCH)[(2 * worker + replica) * each :][:each]
             for step in range(2):
-                assert found["float64/deal/index"][replica, step].tolist() == [first, first + 1]
-                pictures = whole[step]["input"][first : first + 2]
+                assert found["float64/deal/index"][replica, step].tolist() == list(places)
+                pictures = whole[step]["input"][places.start : places.stop]
                 np.testing.assert_array_equal(found["float64/deal/input"][replica, step], pictures)
 
 
-def test_moments_over_replicas_are_those_of_the_whole_batch_in_numpy(widest: list[Found]) -> None:
-    for found in widest:
+def test_moments_over_replicas_are_those_of_the_whole_batch_in_numpy(several: list[Found]) -> None:
+    for found in several:
         for name, expected in (("mean", scattered().mean((0, 1, 2))), ("variance", scattered().var((0, 1, 2)))):
             each = found[f"float64/moments/{name}"]
             np.testing.assert_allclose(each, np.stack([expected] * 2), rtol=1e-12)
 
 
-def test_every_picture_is_scored_once_whoever_takes_it(one: Found, widest: list[Found]) -> None:
-    """15 pictures for four replicas of four pictures at a time."""
-    for found in widest:
+def test_every_picture_is_scored_once_whoever_takes_it(one: Found, several: list[Found]) -> None:
+    """15 pictures, four at a time for each replica."""
+    for found in several:
         for name in ("l1", "psnr", "ssim"):
             expected = one[f"float64/scores/{name}"]
             assert expected.shape == (15,)
             np.testing.assert_allclose(found[f"float64/scores/{name}"], expected, rtol=1e-5)
 
 
-def test_a_worker_counts_once_however_many_devices_it_has(widest: list[Found]) -> None:
-    for found in widest:
-        assert found["float64/agreements/sum"].tolist() == [2.0, 11.0]
+def test_a_worker_counts_once_however_many_devices_it_has(several: list[Found]) -> None:
+    for found in several:
+        assert found["float64/agreements/sum"].tolist() == [len(several), 1.0 if len(several) == 1 else 11.0]
         assert found["float64/agreements/of_chief"] == 7
         assert found["float64/agreements/any"].tolist() == [True, False]
 
