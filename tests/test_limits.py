@@ -29,7 +29,7 @@ def peak_bytes(pid: int) -> int:
 
 @pytest.mark.slow
 def test_memory_of_a_run_with_checkpoints_pictures_and_evaluation(tmp_path: Path) -> None:
-    process = start_trainer(*arguments(tmp_path, 4), cold=True)
+    process = start_trainer(*arguments(tmp_path, 2), cold=True)
     peaks = [0]
 
     def ended() -> bool:

@@ -2,15 +2,15 @@
 
     equality.py OUTPUT DATA CASES PRECISIONS DEVICES
 
-CASES is a list such as `model.norm=none|model.norm=instance;model.dropout=0.0|scores`: settings of the inner loop, which may end
-in `;!MUTATION`, a mistake that is made on purpose, and names of what else is compared (OTHERS). PRECISIONS is a list of float64
-and float32. The CPU is split into DEVICES; with TF_CONFIG in the environment this is one of several workers, each with so many.
+CASES is a list such as `model.norm=none|model.norm=instance;model.dropout=0.0|scores`: settings of the inner loop, and names of
+what else is compared (OTHERS). PRECISIONS is a list of float64 and float32. The CPU is split into DEVICES; with TF_CONFIG in
+the environment this is one of several workers, each with so many.
 """
 
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -33,7 +33,6 @@ from trainer.model.layers import moments_over_replicas  # noqa: E402
 from trainer.runtime import strategy as devices  # noqa: E402
 from trainer.runtime.preemption import StopSignal  # noqa: E402
 from trainer.runtime.workers import meet  # noqa: E402
-from trainer.train import step  # noqa: E402
 from trainer.train.block import deal, make_block  # noqa: E402
 from trainer.train.evaluate import Evaluator  # noqa: E402
 from trainer.train.optimizer import Adam, read_clock  # noqa: E402
@@ -75,43 +74,7 @@ class RecordingSgd:
 
 
 def config_of(case: str) -> Config:
-    overrides = [part for part in case.split(";") if not part.startswith("!")]
-    return small_config(*SMALLER, *overrides)
-
-
-def replicas() -> int:
-    return int(tf.distribute.get_replica_context().num_replicas_in_sync)
-
-
-def unchanged(tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
-    return list(tensors)
-
-
-def clipped_here(tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
-    return sum_over_replicas(tf.clip_by_global_norm(tensors, 0.5 / replicas())[0])
-
-
-sum_over_replicas, l1_loss, d_loss = step.sum_over_replicas, losses.l1_loss, losses.discriminator_loss
-MUTATIONS: dict[str, tuple[Any, str, Any]] = {
-    "mean_of_means": (losses, "global_mean", lambda each, size: tf.reduce_mean(each)),
-    "no_division": (losses, "global_mean", lambda each, size: tf.reduce_sum(each)),
-    "divided_twice": (losses, "global_mean", lambda each, size: tf.reduce_sum(each) / size / replicas()),
-    "discriminator_not_halved": (losses, "discriminator_loss", lambda real, drawn, weight: d_loss(real, drawn, 1.0)),
-    "l1_divided_twice": (losses, "l1_loss", lambda target, drawn: l1_loss(target, drawn) / replicas()),
-    "not_reduced": (step, "sum_over_replicas", unchanged),
-    "clipped_before_the_sum": (step, "sum_over_replicas", clipped_here),
-    "statistics_of_the_first": (step, "average_statistics", lambda state: None),
-}
-
-
-@contextmanager
-def mutated(case: str) -> Iterator[None]:
-    """Make the mistake that the case names, if it names one."""
-    names = [part[1:] for part in case.split(";") if part.startswith("!")]
-    with ExitStack() as stack:
-        for module, attribute, mistake in (MUTATIONS[name] for name in names):
-            stack.enter_context(mock.patch.object(module, attribute, mistake))
-        yield
+    return small_config(*SMALLER, *case.split(";"))
 
 
 def values(name: str, variables: Sequence[tf.Variable]) -> Arrays:
@@ -143,7 +106,7 @@ def few_steps(at: Place, case: str) -> Arrays:
     block = make_block(strategy, state, config, StopSignal(), deal(strategy, data, config, 0))
     with strategy.scope():
         switch = tf.Variable(False, trainable=False)  # on each device: compiled code reads none of another
-    with mutated(case), spoiling(switch):
+    with spoiling(switch):
         block(tf.constant(1, tf.int64))
     found = values("first_statistic/g", [v.value for v in state.generator.non_trainable_variables])
     found |= values("gradient/d", state.discriminator_optimizer.recorded)

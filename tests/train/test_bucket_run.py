@@ -99,31 +99,20 @@ def test_a_save_takes_at_most_seven_requests(bucket: str, sample_folder: Path, b
 
 
 @pytest.mark.slow
-def test_killed_before_the_first_checkpoint_and_in_an_upload_it_ends_with_the_same_bits(
+def test_killed_in_uploads_and_in_an_evaluation_it_ends_with_the_same_bits(
     bucket: str, data: str, local: Path, tmp_path: Path, bucket_service: BucketService
 ) -> None:
     run, flags = f"{bucket}/run", given(f"{bucket}/run", data)
     killed_at(saving(10), bucket_service, *flags)
     assert newest_step(run) == 0
+    killed_at(Fault("hold", "GET", r"data/val-.*alt=media"), bucket_service, *flags)
+    assert newest_step(run) == 10, "the evaluation of step 20 comes before its checkpoint"
     killed_at(saving(40, "hold_reply"), bucket_service, *flags)
     assert newest_step(run) == 30
     done = run_trainer(*flags)
     assert done.returncode == 0, done.stderr
     assert "waiting to see whether it is alive" not in done.stderr, "the dead process was of this machine"
     assert "going on from the checkpoint of step 30" in done.stderr
-    assert_same(run, local, tmp_path)
-
-
-@pytest.mark.slow
-def test_killed_in_an_evaluation_it_ends_with_the_same_bits(
-    bucket: str, data: str, local: Path, tmp_path: Path, bucket_service: BucketService
-) -> None:
-    run, flags = f"{bucket}/run", given(f"{bucket}/run", data)
-    killed_at(Fault("hold", "GET", r"data/val-.*alt=media"), bucket_service, *flags)
-    assert newest_step(run) == 10, "the evaluation of step 20 comes before its checkpoint"
-    done = run_trainer(*flags)
-    assert done.returncode == 0, done.stderr
-    assert "going on from the checkpoint of step 10" in done.stderr
     assert_same(run, local, tmp_path)
 
 
