@@ -11,6 +11,7 @@ import pytest
 from filelock import FileLock
 
 from tests.helpers.bucket.fixtures import bucket, bucket_service, empty_working_folder
+from tests.helpers.clock import OffTimeError
 from tests.helpers.settings import small_config
 
 if TYPE_CHECKING:
@@ -58,12 +59,12 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first, so that two workers end together; what compares times gets three tries on a busy machine."""
+    """The longest files first, so that two workers end together; what compares times gets three tries, if that alone fails."""
     known = json.loads(DURATIONS.read_text()) if DURATIONS.is_file() else {}
     items.sort(key=lambda item: -known.get(item.nodeid.split("::")[0], 10.0))
     for item in items:
         if item.get_closest_marker("clock") and item.config.pluginmanager.hasplugin("rerunfailures"):
-            item.add_marker(pytest.mark.flaky(reruns=CLOCK_TRIES - 1))
+            item.add_marker(pytest.mark.flaky(reruns=CLOCK_TRIES - 1, only_rerun=OffTimeError.__name__))
 
 
 class Durations:

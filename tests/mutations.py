@@ -173,7 +173,7 @@ class Trial:
             os.waitpid(self._pid, 0)
         output = self._output.read_text(errors="replace")[-4000:]
         self._folder.cleanup()
-        word = {PASSED: "SURVIVED", FAILED: "killed"}.get(code, "NOT TRIED")
+        word = {PASSED: "SURVIVED", FAILED: "killed"}.get(code, "NOT TRIED") if pid else "hung"
         return Verdict(self.mutant, word, seconds, output)
 
 

@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parent.parent / "trainer"
+from tests.mutations import ROOT, read_mutants
+
+TESTS = Path(__file__).parent
+PACKAGE = TESTS.parent / "trainer"
 Trees = Mapping[str, ast.Module]
 Breaches = Iterator[str]
 
@@ -172,6 +175,14 @@ def functions_are_short(modules: Trees) -> Breaches:
         yield f"half of the functions have {MEDIAN} lines or more"
 
 
+def no_test_module_is_imported(modules: Trees) -> Breaches:
+    """Of the tests, not of the package: what two test modules need is a helper."""
+    for _, node, where in walk(modules):
+        for other in imported(node):
+            if other.startswith("tests.") and ".test_" in other:
+                yield f"{where} imports {other}"
+
+
 Law = Callable[[Trees], Breaches]
 PLANTED: list[tuple[Law, str, str, str]] = [
     (arrows_point_one_way, "data.order", "from trainer.runtime import files", "1 imports trainer.runtime.files"),
@@ -210,6 +221,25 @@ def test_the_package_keeps_every_law() -> None:
     assert "\n".join(breach for law in LAWS for breach in law(package)) == ""
 
 
+def test_no_module_of_the_tests_imports_a_test_module() -> None:
+    tests = trees(TESTS)
+    assert len(tests) > 90
+    assert "\n".join([*imports_are_absolute(tests), *no_test_module_is_imported(tests)]) == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "breach"),
+    [
+        ("from tests.data.test_prepare import options", "1 imports tests.data.test_prepare"),
+        ("from tests import test_cluster", "1 imports tests.test_cluster"),
+        ("def f():\n import tests.test_cluster as other", "2 imports tests.test_cluster"),
+    ],
+)
+def test_a_test_module_that_imports_another_is_found(text: str, breach: str) -> None:
+    program = f"{text}\n{(TESTS / 'test_preflight.py').read_text()}"
+    assert list(no_test_module_is_imported({"tests.test_preflight": ast.parse(program)})) == [f"tests.test_preflight:{breach}"]
+
+
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
 def test_a_law_finds_what_breaks_it(law: Law) -> None:
     """Some lines are put before those of a module, and they alone are found."""
@@ -218,3 +248,17 @@ def test_a_law_finds_what_breaks_it(law: Law) -> None:
             path = PACKAGE / f"{module.replace('.', '/')}.py"
             found = list(law({f"trainer.{module}": ast.parse(f"{text}\n{path.read_text()}")}))
             assert found == [f"trainer.{module}:{breach}"], text
+
+
+def test_every_mutant_still_fits_the_code() -> None:
+    """Its old text stands once in its file, and each of its tests is there."""
+    mutants = read_mutants()
+    assert len(mutants) > 200
+    named = {test.partition("[")[0] for mutant in mutants for test in mutant.tests}
+    lost = []
+    for name in named:
+        file, _, function = name.partition("::")
+        text = (ROOT / file).read_text() if (ROOT / file).is_file() else ""
+        if not text or (function and f"def {function}(" not in text):
+            lost.append(name)
+    assert lost == []

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from tests.helpers.clusters import vertex
 from trainer.cluster import Cluster, VertexFolders, read_cluster, read_container
 from trainer.errors import UserError
 
@@ -17,11 +18,6 @@ JOB = {"TRAINER_JOB": "p2p", "TRAINER_SERVICE": "trainers", "TRAINER_WORKERS": "
 def tf_config(cluster: object, kind: str | None = None, index: object = 0) -> dict[str, str]:
     task = {} if kind is None else {"type": kind, "index": index}
     return {"TF_CONFIG": json.dumps({"cluster": cluster, "task": task})}
-
-
-def vertex(cluster: object, kind: str, index: int = 0, **more: str) -> dict[str, str]:
-    task = {"type": kind, "index": index, **more}
-    return {"CLUSTER_SPEC": json.dumps({"cluster": cluster, "task": task, "environment": "cloud"})}
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ KINDS = {
     "four channels from 16-bit colour": Kind(Side(label, 3, 16, "png"), Side(photo, 4, 8, "png"), (32, 32), "forward"),
     "colour from colour, reverse": Kind(Side(photo, 3, 8, "bmp"), Side(label, 3, 8, "tiff"), (48, 32), "reverse"),
 }
-SLOW = ("16-bit colour from grey", "four channels from 16-bit colour", "colour from colour, reverse")
+SLOW_KINDS = ("16-bit colour from grey", "four channels from 16-bit colour", "colour from colour, reverse")
 
 
 class Done(NamedTuple):
@@ -132,7 +132,9 @@ def make(folder: Path, kind: Kind) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in KINDS])
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=pytest.mark.slow if name in SLOW_KINDS else ()) for name in KINDS]
+)
 def done(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Done:
     folder, kind = tmp_path_factory.mktemp("files"), KINDS[request.param]
     make(folder, kind)

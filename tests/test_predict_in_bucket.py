@@ -9,6 +9,7 @@ import pytest
 import tensorflow as tf
 
 from tests.helpers.bucket.faults import Fault
+from tests.helpers.bucket.runs import copy_up
 from tests.helpers.bucket.service import BucketService
 from tests.helpers.images import encode, label
 from tests.helpers.processes import run_trainer
@@ -37,12 +38,6 @@ def pictures(tmp_path: Path) -> Path:
     return folder
 
 
-def up(folder: Path, url: str) -> None:
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            (parse(url) / path.relative_to(folder).as_posix()).upload(path)
-
-
 def below(folder: Place) -> dict[str, bytes]:
     if isinstance(folder, Path):
         return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -52,7 +47,7 @@ def below(folder: Place) -> dict[str, bytes]:
 def test_every_mixture_gives_the_same_names_and_bytes(
     trained_run: TrainedRun, pictures: Path, bucket: str, tmp_path: Path
 ) -> None:
-    up(pictures, f"{bucket}/in")
+    copy_up(pictures, f"{bucket}/in")
     predict(trained_run, pictures, tmp_path / "expected")
     expected = below(tmp_path / "expected")
     assert set(expected) == {*(f"{number}.png" for number in range(6)), "deep/six \u753b.png", "deep/seven.png"}
@@ -64,7 +59,7 @@ def test_every_mixture_gives_the_same_names_and_bytes(
 
 def test_folder_glob_list_and_one_picture_name_what_they_name_here(pictures: Path, bucket: str) -> None:
     (pictures / "list.txt").write_text("deep/seven.tiff\n0.jpeg\n")
-    up(pictures, f"{bucket}/in")
+    copy_up(pictures, f"{bucket}/in")
     for tail in ("", "/*.jpeg", "/**/*.png", "/**", "/[0-2].*", "/d*/*", "/*/seven.tiff", "/list.txt", "/deep/seven.tiff"):
         here, there = find_jobs(f"{pictures}{tail}"), find_jobs(f"{bucket}/in{tail}")
         assert sorted(str(job.name) for job in there) == sorted(str(job.name) for job in here), tail
@@ -79,7 +74,7 @@ def test_folder_glob_list_and_one_picture_name_what_they_name_here(pictures: Pat
 
 
 def test_a_list_of_addresses_of_several_places(trained_run: TrainedRun, pictures: Path, bucket: str, tmp_path: Path) -> None:
-    up(pictures, f"{bucket}/in")
+    copy_up(pictures, f"{bucket}/in")
     (tmp_path / "list.txt").write_text(f"{bucket}/in/deep/seven.tiff\nin/0.jpeg\n")
     assert predict(trained_run, tmp_path / "list.txt", parse(f"{bucket}/out")).startswith("2 pictures")
     assert set(parse(f"{bucket}/out").listing()) == {"in/deep/seven.png", "in/0.png"}
@@ -90,7 +85,7 @@ def test_damaged_and_missing_ones_are_named_by_address_and_the_others_drawn(
 ) -> None:
     (pictures / "2.jpeg").write_bytes((pictures / "2.jpeg").read_bytes()[:300])
     (pictures / "list.txt").write_text("0.jpeg\n2.jpeg\nnone.png\n")
-    up(pictures, f"{bucket}/in")
+    copy_up(pictures, f"{bucket}/in")
     with pytest.raises(DataError) as caught:
         predict(trained_run, parse(f"{bucket}/in/list.txt"), parse(f"{bucket}/out"))
     lines = str(caught.value).splitlines()
@@ -139,7 +134,7 @@ def test_under_faults_the_same_and_away_is_said(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """A fault of every kind, each at the first request for a picture or drawing of its own."""
-    up(pictures, f"{bucket}/in")
+    copy_up(pictures, f"{bucket}/in")
     predict(trained_run, pictures, tmp_path / "expected")
     rules = [
         Fault("status", "GET", r"in/0\.jpeg", status=503),
@@ -197,7 +192,7 @@ def test_a_run_in_a_bucket_is_drawn_with_and_exported_as_one_here(
 
 def test_the_command_takes_addresses_and_leaves_no_folder_named_so(trained_run: TrainedRun, pictures: Path, bucket: str) -> None:
     shutil.rmtree(pictures / "deep")
-    up(pictures, f"{bucket}/in")
+    copy_up(pictures, f"{bucket}/in")
     run = f"--model_dir={trained_run.folder.path}"
     done = run_trainer("predict", run, f"--input={bucket}/in/[01].jpeg", f"--output={bucket}/out")
     assert done.returncode == 0, done.stderr

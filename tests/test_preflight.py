@@ -9,11 +9,11 @@ from tests.helpers.bucket.answers import UNAVAILABLE, forbidden, retained
 from tests.helpers.bucket.faults import refuse
 from tests.helpers.bucket.runs import copy_up, keys
 from tests.helpers.bucket.service import BucketService
+from tests.helpers.clusters import vertex
 from tests.helpers.damage import flip_in_record
 from tests.helpers.images import write_pairs
 from tests.helpers.processes import run_trainer
 from tests.helpers.settings import SMALL, flags
-from tests.test_cluster import vertex
 from trainer.storage.bucket import parse
 
 

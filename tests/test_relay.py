@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.damage import flip_in_record
-from tests.helpers.processes import finish, run_trainer, start_program, start_trainer
+from tests.helpers.processes import finish, is_running, run_trainer, start_program, start_trainer
 from tests.helpers.runs import wait_for_step
 from tests.helpers.settings import SMALL
 from tests.helpers.waiting import wait_until
@@ -112,21 +112,15 @@ entry.relayed()
 RELAY_OF_IT = f"import sys; from trainer import relay; relay.CHILD = {CHILD_THAT_WAITS!r}; sys.exit(relay.relay(sys.argv))"
 
 
-def is_there(number: int) -> bool:
-    """Whether a process runs; one that has ended and was not waited for does not."""
-    status = Path(f"/proc/{number}/stat")
-    return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
-
-
 def test_when_the_relay_is_killed_its_child_ends() -> None:
     """It would go on training unseen, and hold the run's lock."""
     process = start_program(RELAY_OF_IT)
     assert process.stdout is not None
     child = int(json.loads(process.stdout.readline())["message"])
-    assert is_there(child)
+    assert is_running(child)
     process.kill()
     try:
-        wait_until(lambda: not is_there(child), seconds=10, what="the end of the child")
+        wait_until(lambda: not is_running(child), seconds=10, what="the end of the child")
     finally:
         with suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)

@@ -16,7 +16,7 @@ import tensorflow as tf
 from tests.helpers.processes import ROOT, start_trainer
 from trainer import startup
 
-SLOW = """
+WAITS = """
 import time
 print("loading", flush=True)
 time.sleep(60)
@@ -35,7 +35,7 @@ def test_a_stop_while_something_is_imported_is_one_line(
     module: str, log_format: str, number: signal.Signals, tmp_path: Path
 ) -> None:
     """absl is among the first that are imported, TensorFlow the last, and with json in the child."""
-    (tmp_path / f"{module}.py").write_text(SLOW)
+    (tmp_path / f"{module}.py").write_text(WAITS)
     process = start_trainer(f"--log_format={log_format}", f"--model_dir={tmp_path}/run", PYTHONPATH=str(tmp_path))
     assert process.stdout is not None
     assert "loading" in process.stdout.readline()

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from tests.helpers.bucket.runs import copy_up
 from tests.helpers.events import scalars
 from tests.helpers.images import label, photo, write_pairs
 from tests.helpers.processes import finish, start_program
@@ -521,10 +522,7 @@ def cache(config: Config, place: Place) -> tuple[Any, Any]:
 def in_bucket(place: Place, config: Config) -> PairData:
     """The sample in a bucket."""
     there = bucket_place(place.request.getfixturevalue("bucket") + "/data")
-    if not there.is_dir():
-        for file in place.sample.iterdir():
-            (there / file.name).upload(file)
-    return PairData(there, config)
+    return PairData(there if there.is_dir() else copy_up(place.sample, str(there)), config)
 
 
 @row("data.readers", 2, 5, beside=("data.cache=none", "data.read_ahead_mb=1", "train.batch_size=40"))

@@ -15,7 +15,9 @@ import pytest
 from tests.conftest import Shared
 from tests.helpers.bucket.answers import forbidden
 from tests.helpers.bucket.faults import Fault, Request, refuse
+from tests.helpers.bucket.runs import copy_up
 from tests.helpers.bucket.service import BucketService
+from tests.helpers.clock import assert_within
 from tests.helpers.damage import flip_in_record
 from tests.helpers.processes import run_trainer, start_trainer
 from tests.helpers.sets import write_set
@@ -68,21 +70,14 @@ def short_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Patience, "seconds", 20.0)
 
 
-def put(folder: Path, bucket: str) -> BucketPath:
-    there = parse(f"{bucket}/data")
-    for file in sorted(folder.iterdir()):
-        (there / file.name).upload(file)
-    return there
-
-
 @pytest.fixture
 def little_there(little: Path, bucket: str) -> BucketPath:
-    return put(little, bucket)
+    return copy_up(little, f"{bucket}/data")
 
 
 @pytest.fixture
 def big_there(big: Path, bucket: str) -> BucketPath:
-    return put(big, bucket)
+    return copy_up(big, f"{bucket}/data")
 
 
 def batches(data: PairData, first: int, last: int, places: range | None = None) -> list[bytes]:
@@ -307,7 +302,7 @@ def test_a_bucket_that_stays_away_ends_with_what_it_said(
     bucket_service.away()
     began = time.monotonic()
     assert re.match(rf"BucketAwayError: {little_there}.* \(tried for 2 s; run this again", failure(data, split))
-    assert time.monotonic() - began < 8
+    assert_within(0, time.monotonic() - began, 8)
 
 
 @pytest.mark.slow
@@ -413,18 +408,15 @@ def test_check_reads_all_of_a_bucket_once(little: Path, little_there: BucketPath
 
 
 @pytest.mark.slow
-@pytest.mark.clock
 def test_a_signal_is_heard_while_records_of_a_bucket_are_waited_for(
     little_there: BucketPath, bucket_service: BucketService
 ) -> None:
-    """The main thread and its readers wait, with minutes of patience left."""
+    """The main thread and its readers wait, with five minutes of patience left, which are not waited out."""
     bucket_service.faults(Fault("status", "GET", r"tfrecord.*alt=media", times=None, skip=1))
     process = start_trainer("check", f"--data_dir={little_there}")
     wait_until(lambda: len([one for one in bucket_service.requests() if one.fault]) >= 5, process, what="the fifth refusal")
     process.send_signal(signal.SIGTERM)
-    began = time.monotonic()
     _, err = process.communicate(timeout=60)
-    assert time.monotonic() - began < 10
     assert process.returncode == 143, err
     assert err.strip().splitlines()[-1].startswith("trainer: SIGTERM: stopped")
 

@@ -3,11 +3,14 @@
 The same in a bucket is in test_bucket_prepare.py.
 """
 
+import contextlib
+import errno
 import json
 from pathlib import Path
 
 import pytest
 
+from tests.helpers.journal import Journal, fail_rename
 from trainer.data import records
 from trainer.data.outputs import PARTIAL_MARK, BucketOutput, Entry, LocalOutput, note_of, output_at, read_note, write_note
 from trainer.data.records import ImageSpec, Manifest
@@ -49,6 +52,53 @@ def test_a_set_appears_whole_under_its_name_and_nothing_else_is_left(tmp_path: P
     assert names(tmp_path / "data") == [records.MANIFEST_NAME, *NAMES]
     assert records.read_manifest(tmp_path / "data") == manifest(entries)
     assert LocalOutput(tmp_path / "data", "these").is_prepared()
+
+
+def test_a_set_takes_its_name_when_its_own_names_are_on_disk_and_then_that_one_is_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, journal = LocalOutput(tmp_path / "data", "these"), Journal(monkeypatch)
+    with output.room() as room:
+        output.publish(manifest([write_shard(room, NAMES[0])]))
+    (names_synced,), (renamed_synced,) = journal.syncs(room), journal.syncs(tmp_path)
+    assert journal.rename_of(room / records.MANIFEST_NAME) < names_synced < journal.rename_of(tmp_path / "data") < renamed_synced
+
+
+@pytest.mark.parametrize("done", [False, True], ids=["not renamed", "renamed"])
+@pytest.mark.parametrize("code", [errno.ESTALE, errno.EIO])
+def test_a_rename_that_fails_loses_no_shard(code: int, done: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The manifest's is the first, that of the folder the second; what was done counts as done."""
+    (tmp_path / "data").mkdir()
+    output = LocalOutput(tmp_path / "data", "these")
+    with output.room() as room:
+        entries = [write_shard(room, name) for name in NAMES]
+    with monkeypatch.context() as patch:
+        renames = fail_rename(patch, 2, code, done=done)
+        refused = pytest.raises(OSError, match=r"Stale file handle|Input/output error")
+        with contextlib.nullcontext() if done else refused:
+            output.publish(manifest(entries))
+        assert renames() == 2
+    again = LocalOutput(tmp_path / "data", "these")
+    assert again.is_prepared() == done
+    if not done:
+        with again.room() as room:
+            assert not (room / records.MANIFEST_NAME).exists(), "shards may be written in it"
+        assert again.finished(NAMES) == entries
+        again.publish(manifest(entries))
+    assert names(tmp_path) == ["data"]
+    assert names(tmp_path / "data") == [records.MANIFEST_NAME, *NAMES]
+
+
+def test_notes_that_a_killed_run_left_in_a_finished_set_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    output = LocalOutput(tmp_path / "data", "these")
+    with output.room() as room:
+        entries = [write_shard(room, name) for name in NAMES]
+        output.publish(manifest(entries))
+    write_note(tmp_path / "data", entries[2], "these")
+    for name in (PARTIAL_MARK, "README"):
+        (tmp_path / "data" / name).touch()
+    assert LocalOutput(tmp_path / "data", "these").is_prepared()
+    assert names(tmp_path / "data") == ["README", records.MANIFEST_NAME, *NAMES]
 
 
 def test_what_an_interrupted_run_finished_is_known_with_what_it_left_out(tmp_path: Path) -> None:

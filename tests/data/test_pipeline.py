@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from tests.helpers.damage import flip_in_record
 from tests.helpers.settings import small_config
 from trainer.data import order, records
 from trainer.data.pipeline import PairData, elements
@@ -82,20 +83,11 @@ def own_copy(sample_folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(sample_folder, tmp_path / "data"))
 
 
-def shard_and_offset(folder: Path, number: int) -> tuple[Path, int, int]:
-    shards = records.read_manifest(folder).splits["train"]
-    shard, index = (shards[0], number) if number < shards[0].examples else (shards[1], number - shards[0].examples)
-    return folder / shard.file, shard.offsets[index], index
-
-
 def test_flipped_byte_names_shard_and_record(own_copy: Path) -> None:
-    path, offset, index = shard_and_offset(own_copy, 33)
-    content = bytearray(path.read_bytes())
-    content[offset + 500] ^= 1
-    path.write_bytes(content)
+    damaged = flip_in_record(own_copy, "train", 33)
     data = PairData(own_copy, small_config())
     error = data.train.find_damage(range(40))
-    assert str(error).startswith(f"{path}, record {index}: the record's checksum does not match")
+    assert str(error).startswith(f"{damaged}: the record's checksum does not match")
     with pytest.raises(tf.errors.OpError):
         list(elements(data.training_batches(0, 40)))
 

@@ -1,77 +1,16 @@
-"""A real HTTP server on loopback that drops connections, and archives that mean harm."""
+"""Data sets by name from a server that drops connections, and archives that mean harm."""
 
 import io
 import tarfile
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.images import write_pairs
+from tests.helpers.mirror import Server
 from trainer.data import published, records
 from trainer.data.prepare import Options
 from trainer.data.published import fetch, sha256, unpack
 from trainer.errors import DataError, TrainerError, UserError
-
-
-class Server(ThreadingHTTPServer):
-    """Serves one archive; gives only `portion` bytes of an answer before it drops the connection."""
-
-    def __init__(self, content: bytes) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.content, self.portion, self.requests, self.ranges = content, len(content), 0, True
-        self.fail_first = 0
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/mirror/"
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self) -> None:
-        server = self.server
-        server.requests += 1
-        if not self.path.endswith("/facades.tar.gz"):
-            self.send_error(404)
-            return
-        if server.requests <= server.fail_first:
-            self.send_error(503)
-            return
-        wanted = self.headers.get("Range") if server.ranges else None
-        start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted else 0
-        body = server.content[start:]
-        self.send_response(206 if wanted else 200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body[: server.portion])
-        self.close_connection = True
-
-    def log_message(self, *arguments: object) -> None:
-        pass
-
-
-@pytest.fixture(scope="module")
-def archive(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    folder = tmp_path_factory.mktemp("archive")
-    for split, count in (("train", 12), ("val", 4), ("test", 3)):
-        write_pairs(folder / "facades" / split, count, "jpeg")
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
-        tar.add(folder / "facades", "facades")
-    return buffer.getvalue()
-
-
-@pytest.fixture
-def server(archive: bytes) -> Iterator[Server]:
-    with Server(archive) as served:
-        threading.Thread(target=served.serve_forever, daemon=True).start()
-        yield served
-        served.shutdown()
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,6 @@
 import logging
 import random
 import tempfile
-import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -11,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.helpers.damage import flip_between
 from tests.helpers.settings import small_config
+from tests.helpers.waiting import wait_until
 from trainer.config import DataConfig
 from trainer.data import keep, records
 from trainer.data.keep import InMemory, OnDisk, choose, file_system, shown
@@ -73,9 +74,7 @@ def test_a_run_is_one_read_of_sound_records(shards: Shards) -> None:
 
 
 def test_a_damaged_record_in_a_run_is_named_and_the_others_are_there(shards: Shards, folder: Path) -> None:
-    content = bytearray((folder / "2").read_bytes())
-    content[shards.size(Run(7, 12)) + 12] ^= 1
-    (folder / "2").write_bytes(content)
+    flip_between(folder / "2", shards.size(Run(7, 12)), shards.size(Run(7, 13)))
     found = shards.read_run(Run(7, 30))
     assert str(found[5]).startswith(f"{folder}/2, record 5: the record's checksum does not match")
     assert [answer for answer in found if isinstance(answer, bytes)] == [record(n) for n in range(7, 30) if n != 12]
@@ -117,16 +116,26 @@ def test_no_more_than_the_room_waits_for_its_use(shards: Shards) -> None:
 
 
 def test_an_error_that_nobody_foresaw_leaves_nobody_waiting(shards: Shards, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[Run] = []
+    ended: list[object] = []
+
     def broken(run: Run) -> list[bytes | TrainerError]:
+        begun.append(run)
         raise RuntimeError
 
     monkeypatch.setattr(shards, "read_run", broken)
-    monkeypatch.setattr("threading.excepthook", lambda _: None)
+    monkeypatch.setattr("threading.excepthook", ended.append)
     ahead = ReadAhead(shards, None, 2, 500, lambda _: Needs(np.arange(50), Runs(np.arange(50), shards, 6)))
     for _ in range(5):
         with pytest.raises(TrainerError, match="record 0: the thread that reads it broke"):
             ahead.read(0, [0])
-    time.sleep(0.3)  # until those that read ahead have broken too
+
+    def at_rest() -> bool:
+        """Whether all threads that read have broken, those that read ahead too, and those in their place have nothing to do."""
+        with ahead._work:
+            return ahead._threads == ahead._idle and len(ended) == len(begun)
+
+    wait_until(at_rest, what="the end of the threads that broke")
 
 
 def test_what_the_disk_changes_is_read_again(shards: Shards, caplog: pytest.LogCaptureFixture) -> None:

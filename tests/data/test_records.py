@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 import tensorflow as tf
 
+from tests.helpers.journal import Journal
 from trainer.data import records
 from trainer.data.sample import SPLITS
 from trainer.errors import DataError
@@ -71,6 +72,20 @@ def test_cut_shard_is_found(shard: tuple[Path, records.Shard]) -> None:
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(ValueError, match="ends 5 bytes too early"):
         read(path, entry, 2)
+
+
+def test_shards_and_manifest_are_on_disk_before_the_manifest_has_its_name(
+    sample_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest, journal = records.read_manifest(sample_folder), Journal(monkeypatch)
+    shard = records.write_shard(tmp_path / "a.tfrecord", RECORDS)
+    (synced,) = journal.acts
+    assert (synced.kind, synced.path, synced.size) == ("sync", tmp_path / "a.tfrecord", shard.bytes)
+    assert shard.bytes > sum(map(len, RECORDS))
+    records.write_manifest(tmp_path, manifest)
+    synced, renamed = journal.acts[1:]
+    assert (renamed.kind, renamed.path) == ("rename", tmp_path / records.MANIFEST_NAME)
+    assert (synced.kind, synced.path, synced.size) == ("sync", renamed.source, renamed.path.stat().st_size)
 
 
 def test_manifest_round_trips(sample_folder: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from tests.helpers.missing import missing
 from tests.helpers.runs import assert_same_run, wait_for_step
 
 KJOB = Path(os.environ.get("KJOB", Path(__file__).parents[3] / "shared" / "tools" / "kjob.py"))
-STEPS, FIRST_CHECKPOINT = 300, 35  # those of LONG
+STEPS, FIRST_CHECKPOINT = 600, 35  # far apart: the kill comes some time after the checkpoint
 
 pytestmark = [pytest.mark.container, pytest.mark.kjob]
 
@@ -32,7 +32,7 @@ pytestmark = [pytest.mark.container, pytest.mark.kjob]
 def for_this_machine(resources: list[Tree], claim: Path) -> list[Tree]:
     """With a folder for the claim, no more cores than there are, and networks that train in seconds."""
     container = the_container(resources)
-    container["args"] += LONG
+    container["args"] += (*LONG, f"--set=train.steps={STEPS}")
     limits, cores = container["resources"]["limits"], docker("info", "--format={{.NCPU}}").stdout.strip()
     limits["cpu"] = str(min(quantity(limits["cpu"]), quantity(cores)))
     (runs,) = [volume for volume in the_pod(resources)["volumes"] if "persistentVolumeClaim" in volume]

@@ -32,6 +32,7 @@ LONG = tuple(
         "train.sample_every=100", "train.evaluate_every=50", "train.keep=2",
     )
 )  # fmt: skip
+ENDLESS = (*LONG, "--set=train.steps=100000")  # what is to be stopped is not done first, however fast the machine
 
 
 def _call(*arguments: str) -> subprocess.CompletedProcess[str]:

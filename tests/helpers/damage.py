@@ -33,6 +33,13 @@ def flip_bits(content: bytes, random: Random, count: int = 1) -> bytes:
     return bytes(spoilt)
 
 
+def flip_between(shard: Place, start: int, end: int) -> None:
+    """Flip a bit in the middle of a shard's bytes from `start` up to `end`: those of a record, its checksums around it."""
+    content = bytearray(shard.read_bytes())
+    content[(start + end) // 2] ^= 4
+    shard.write_bytes(bytes(content))
+
+
 def flip_in_record(folder: Place, split: str, number: int) -> str:
     """Flip a bit in the middle of one record of a prepared set, here or in a bucket, and change nothing else.
 
@@ -49,9 +56,7 @@ def flip_in_record(folder: Place, split: str, number: int) -> str:
             break
         number -= shard.examples
     start, end = [*shard.offsets, shard.bytes][number : number + 2]
-    content = bytearray((folder / shard.file).read_bytes())
-    content[(start + end) // 2] ^= 4
-    (folder / shard.file).write_bytes(bytes(content))
+    flip_between(folder / shard.file, start, end)
     return f"{folder / shard.file}, record {number}"
 
 

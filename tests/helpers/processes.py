@@ -145,6 +145,27 @@ def run_trainer(*arguments: str, cold: bool = False, **environment: str) -> subp
     return finish(start_trainer(*arguments, cold=cold, **environment))
 
 
+def _state_and_parent(pid: int) -> tuple[str, int] | None:
+    """The letter of a process's state, and its parent; None when it has gone, even between two looks."""
+    try:
+        state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[:2]
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return state, int(parent)
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process runs; one that has ended and was not waited for does not."""
+    found = _state_and_parent(pid)
+    return found is not None and found[0] not in "ZX"
+
+
+def children() -> set[int]:
+    """Processes whose parent this one is, zombies among them."""
+    parents = {int(entry.name): _state_and_parent(int(entry.name)) for entry in Path("/proc").glob("[0-9]*")}
+    return {pid for pid, found in parents.items() if found is not None and found[1] == os.getpid()}
+
+
 def finish(process: subprocess.Popen[str], seconds: float = 240) -> subprocess.CompletedProcess[str]:
     """What a process printed, and how it ended."""
     out, err = process.communicate(timeout=seconds)

@@ -9,7 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.processes import READ_AT_IMPORT, ROOT, Forked, finish, run_trainer, start_module, start_program
+from tests.helpers.processes import (
+    READ_AT_IMPORT,
+    ROOT,
+    Forked,
+    children,
+    finish,
+    is_running,
+    run_trainer,
+    start_module,
+    start_program,
+)
 from tests.helpers.same_bits import count_equal
 from tests.helpers.waiting import wait_until
 
@@ -114,19 +124,6 @@ def test_a_signal_that_its_parent_ignores_it_ignores_too() -> None:
     assert (done.returncode, done.stdout) == (0, "still here\n")
 
 
-def children() -> set[int]:
-    """Processes whose parent this one is, zombies among them."""
-    found = set()
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(") ")[2].split()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if int(fields[1]) == os.getpid():
-            found.add(int(stat.parent.name))
-    return found
-
-
 def test_no_zombie_and_no_orphan_is_left() -> None:
     finish(start_program("pass"))  # the warm parent itself is a child, and stays
     before = children()
@@ -160,8 +157,7 @@ def test_an_orphan_of_a_forked_process_is_not_ours() -> None:
 
 TESTS_THAT_ARE_KILLED = """
 import os, signal
-from tests.helpers.processes import finish, start_program
-from tests.helpers.test_processes import children
+from tests.helpers.processes import children, finish, start_program
 finish(start_program("pass"))
 print(*children(), flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
@@ -175,7 +171,7 @@ def test_the_warm_parent_ends_with_its_tests() -> None:
     assert process.stdout is not None
     (warm,) = map(int, process.stdout.readline().split())
     finish(process)
-    wait_until(lambda: not Path(f"/proc/{warm}").exists() or "\nState:\tZ" in Path(f"/proc/{warm}/status").read_text())
+    wait_until(lambda: not is_running(warm))
 
 
 @pytest.mark.parametrize("variable", ["PYTHONWARNINGS", "TF_CPP_MIN_LOG_LEVEL", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"])

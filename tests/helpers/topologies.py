@@ -5,8 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
+from tests.helpers.ports import held_ports
 from tests.helpers.processes import start_module
-from tests.helpers.workers import held_ports, tf_config
+from tests.helpers.workers import tf_config
 
 Found = dict[str, np.ndarray]
 

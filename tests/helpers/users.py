@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 NOBODY = 65534
-ME = NOBODY if os.getuid() == 0 else os.getuid()  # who writes in `TRAINER_AS_NOBODY`, a program for `start_program`
+# Who writes in `TRAINER_AS_NOBODY`, a program for `start_program`, and that user's group.
+ME, MY_GROUP = (NOBODY, NOBODY) if os.getuid() == 0 else (os.getuid(), os.getgid())
 TRAINER_AS_NOBODY = """
 from tests.helpers.users import become_nobody
 become_nobody()

@@ -1,17 +1,14 @@
 """Several workers as real processes on loopback."""
 
 import json
-import socket
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
+from tests.helpers.ports import LOOPBACK, hold
 from tests.helpers.processes import start_program, start_trainer
 from tests.helpers.waiting import wait_until
 
-LOOPBACK = "127.0.0.1"
 LISTENS, TALKS = "0A", "01"  # states of a socket in /proc/net/tcp
 # TensorFlow's own is 10 s, and only by it does the chief learn of a death between two steps.
 NOTICED_SOON = """
@@ -23,39 +20,6 @@ context.context().configure_coordination_service(
 )
 """
 AND_TRAIN = "\nfrom trainer.__main__ import main\nmain()\n"
-
-
-def hold() -> socket.socket:
-    """Keep a port from everybody who asks for any port; who names this one, and allows reuse, gets it.
-
-    Linux lets two sockets have an address as long as both allow reuse and at most one of them listens. gRPC's servers allow it,
-    and so does the meeting before them.
-    """
-    held = socket.socket()
-    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    held.bind((LOOPBACK, 0))
-    return held
-
-
-@contextmanager
-def held_ports(count: int) -> Iterator[list[int]]:
-    """Ports that nobody else is given until the block ends."""
-    sockets = [hold() for _ in range(count)]
-    try:
-        yield [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
-
-
-@contextmanager
-def taken(port: int) -> Iterator[socket.socket]:
-    """Listen on a port that is held, as a program of somebody else would."""
-    with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((LOOPBACK, port))
-        listener.listen()
-        yield listener
 
 
 def sockets_at(port: int, state: str) -> int:

@@ -1,5 +1,6 @@
 """Files are written whole or not at all, whatever the disk does."""
 
+import contextlib
 import errno
 from pathlib import Path
 
@@ -41,9 +42,51 @@ def test_a_folder_takes_its_name_when_all_its_files_are_on_disk(tmp_path: Path, 
     source = journal.acts[renamed].source
     assert source is not None
     synced = {act.path: act.size for act in journal.acts[:renamed] if act.kind == "sync"}
-    assert (synced[source / "a"], synced[source / "inner" / "b"], source / "inner" in synced) == (5, 9, True)
+    assert (synced[source / "a"], synced[source / "inner" / "b"]) == (5, 9)
+    assert {source, source / "inner"} < synced.keys()
     assert journal.syncs(tmp_path)[-1] > renamed
     assert (made / "inner" / "b").read_bytes() == b"123456789"
+
+
+def test_an_old_folder_is_removed_when_the_new_one_has_its_name_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = tmp_path / "export"
+    made.mkdir()
+    (made / "old").write_text("old")
+    journal = Journal(monkeypatch)
+    with files.replacing_folder(made) as folder:
+        (folder / "a").write_text("new")
+    (removed,) = [number for number, act in enumerate(journal.acts) if act.kind == "remove"]
+    assert journal.rename_of(made) < journal.syncs(tmp_path)[-1] < removed
+    assert list(tmp_path.rglob("*")) == [made, made / "a"]
+
+
+@pytest.mark.parametrize("done", [False, True], ids=["not renamed", "renamed"])
+@pytest.mark.parametrize("number", [1, 2], ids=["the old one", "the new one"])
+@pytest.mark.parametrize("code", [errno.ESTALE, errno.EIO])
+def test_a_rename_that_fails_leaves_the_old_folder_or_the_new_one(
+    code: int, number: int, done: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was done counts as done, whatever the file system says."""
+    made = tmp_path / "export"
+    with files.replacing_folder(made) as folder:
+        (folder / "a").write_text("old")
+    renames = fail_rename(monkeypatch, number, code, done=done)
+    refused = pytest.raises(OSError, match=r"Stale file handle|Input/output error")
+    with contextlib.nullcontext() if done else refused, files.replacing_folder(made) as folder:
+        (folder / "b").write_text("new")
+    assert renames() >= number
+    name, text = ("b", "new") if done else ("a", "old")
+    assert list(tmp_path.rglob("*")) == [made, made / name]
+    assert (made / name).read_text() == text
+
+
+def test_a_file_or_a_link_is_not_replaced_by_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path)
+    for name in ("file", "link"):
+        with pytest.raises(NotADirectoryError, match=f"{tmp_path}/{name}"), files.replacing_folder(tmp_path / name):
+            pass
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "file", tmp_path / "link"]
 
 
 def test_a_folder_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
@@ -102,6 +145,8 @@ def test_what_killed_writers_left_is_swept_away_and_nothing_else(tmp_path: Path)
     for folder in (tmp_path, tmp_path / "deep", tmp_path / "deep" / "deeper"):
         (folder / f"{files.TEMPORARY}abc").write_text("torn")
         (folder / "kept.writing-abc").write_text("whole")
+        (folder / f"{files.TEMPORARY}export" / "variables").mkdir(parents=True)
+        (folder / f"{files.TEMPORARY}export" / "variables" / f"{files.TEMPORARY}x").write_text("torn")
     files.sweep(tmp_path)
     assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {"kept.writing-abc"}
     assert len(list(tmp_path.rglob("kept*"))) == 3

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 from tests.helpers.bucket.answers import UNAVAILABLE, forbidden
 from tests.helpers.bucket.faults import Fault, refuse
 from tests.helpers.bucket.service import BucketService
+from tests.helpers.disks import small_disk
 from trainer.runtime import files
 from trainer.runtime.bucket_folder import BucketFolder
 from trainer.runtime.outbox import Outbox
@@ -122,17 +124,17 @@ def test_the_last_sample_pictures_are_sent_when_the_run_ends(folder: BucketPath,
 
 
 def test_pictures_that_cannot_be_drawn_here_are_left_out_and_training_goes_on(
-    folder: BucketPath, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    folder: BucketPath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The disk for temporary files is full."""
-
-    def full(self: Path, *_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device", str(self))
-
     run = BucketFolder(folder)
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "mkdir", full)
+    with small_disk(tmp_path / "disk", 1 << 20) as disk:
+        monkeypatch.setattr(tempfile, "tempdir", str(disk.path))
+        disk.fill()
         run.save_sample(1, lambda: columns(10))
-    assert "step 1: its pictures are left out: [Errno 28] No space left on device" in caplog.text
-    run.save_sample(2, lambda: columns(10))
+        assert "step 1: its pictures are left out: [Errno 28] No space left on device" in caplog.text
+        disk.free()
+        run.save_sample(2, lambda: columns(10))
+        files.remove_scratch()
+        assert list(disk.path.iterdir()) == []
     assert sorted((folder / "samples").listing()) == ["step-0000002.png"]

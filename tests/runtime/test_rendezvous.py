@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.ports import LOOPBACK, hold, taken
 from tests.helpers.waiting import wait_until
-from tests.helpers.workers import LISTENS, LOOPBACK, TALKS, hold, sockets_at, taken
+from tests.helpers.workers import LISTENS, TALKS, sockets_at
 from trainer.cluster import Cluster
 from trainer.errors import ExitCode, PeerLostError, TrainerError, UserError
 from trainer.runtime import rendezvous

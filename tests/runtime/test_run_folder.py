@@ -10,20 +10,11 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.disks import small_disk
+from tests.helpers.holder import held_by_another
 from tests.helpers.journal import Journal
-from tests.helpers.processes import start_program
 from tests.helpers.settings import small_config
 from trainer.errors import ExitCode, UserError
 from trainer.runtime.run_folder import RecordedFailure, RunFolder, fingerprint
-
-HOLDER = """
-import signal, sys
-from pathlib import Path
-from trainer.runtime.run_folder import RunFolder
-claimed = RunFolder(Path(sys.argv[1])).claim()
-print("claimed", claimed.token, flush=True)
-signal.pause()
-"""
 
 
 @pytest.fixture
@@ -32,11 +23,7 @@ def folder(tmp_path: Path) -> RunFolder:
 
 
 def test_second_process_is_kept_out_and_told_by_whom_until_the_first_is_dead(tmp_path: Path) -> None:
-    holder = start_program(HOLDER, str(tmp_path / "run"))
-    try:
-        assert holder.stdout is not None
-        word, token = holder.stdout.readline().split()
-        assert word == "claimed"
+    with held_by_another(tmp_path / "run") as (holder, token):
         owner = f"{holder.pid} on {socket.gethostname()}"
         with pytest.raises(UserError, match=rf"run: process {owner} is training in it; stop it or"):
             RunFolder(tmp_path / "run").claim(0.05)
@@ -47,9 +34,6 @@ def test_second_process_is_kept_out_and_told_by_whom_until_the_first_is_dead(tmp
         assert again.is_claimed_with(again.token)
         assert (tmp_path / "run" / ".lock").read_text() == f"{os.getpid()} on {socket.gethostname()}\n{again.token}\n"
         assert again.token != token
-    finally:
-        holder.kill()
-        holder.communicate()
 
 
 def test_the_lock_is_waited_for_while_the_first_process_saves(tmp_path: Path) -> None:

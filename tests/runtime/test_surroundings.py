@@ -14,10 +14,11 @@ from typing import NamedTuple
 import pytest
 
 from tests.helpers.disks import small_disk
+from tests.helpers.holder import held_by_another
 from tests.helpers.processes import finish, run_trainer, start_program
 from tests.helpers.runs import assert_same_run, last_line, newest_step, tensors
 from tests.helpers.settings import flags
-from tests.helpers.users import NOBODY, folder_for_everybody
+from tests.helpers.users import ME, MY_GROUP, TRAINER_AS_NOBODY, folder_for_everybody
 
 STEPS = 8
 SETTINGS = (
@@ -29,23 +30,10 @@ MAIN = """
 from trainer.__main__ import main
 main()
 """
-AS_NOBODY = f"""
-from tests.helpers.users import become_nobody
-become_nobody()
-{MAIN}"""
-UID, GID = (NOBODY, NOBODY) if os.getuid() == 0 else (os.getuid(), os.getgid())
 IMPATIENT = f"""
 from trainer.train import begin
 begin.LOCK_SECONDS = 0.05
 {MAIN}"""
-HOLDER = """
-import signal, sys
-from pathlib import Path
-from trainer.runtime.run_folder import RunFolder
-claimed = RunFolder(Path(sys.argv[1])).claim()
-print("claimed", flush=True)
-signal.pause()
-"""
 # The first rename that gives a name fails, before the server has done it or after.
 FAILING = f"""
 import os, sys
@@ -83,9 +71,9 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, sample_folder: Path) -
 def test_a_folder_that_the_user_may_not_write_in_is_one_line(sample_folder: Path) -> None:
     with folder_for_everybody() as folder:
         folder.chmod(0o555)
-        done = finish(start_program(AS_NOBODY, *flags(folder / "run", *SETTINGS, data_dir=sample_folder)))
+        done = finish(start_program(TRAINER_AS_NOBODY, *flags(folder / "run", *SETTINGS, data_dir=sample_folder)))
         assert list(folder.iterdir()) == []
-    advice = f"let user {UID}:{GID} write there, or choose another --model_dir"
+    advice = f"let user {ME}:{MY_GROUP} write there, or choose another --model_dir"
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"trainer: {folder / 'run'}: cannot write there (Permission denied); {advice}\n"
 
@@ -96,11 +84,11 @@ def test_a_file_of_somebody_else_in_the_folder_is_one_line(sample_folder: Path) 
         run.mkdir()
         (run / ".lock").touch(0o444)
         run.chmod(0o555)
-        done = finish(start_program(AS_NOBODY, *flags(run, *SETTINGS, data_dir=sample_folder)))
+        done = finish(start_program(TRAINER_AS_NOBODY, *flags(run, *SETTINGS, data_dir=sample_folder)))
         run.chmod(0o755)
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(
-        rf"trainer: {run}: cannot write there \(Permission denied\); let user {UID}:{GID} write .*\n", done.stderr
+        rf"trainer: {run}: cannot write there \(Permission denied\); let user {ME}:{MY_GROUP} write .*\n", done.stderr
     )
 
 
@@ -136,10 +124,10 @@ def strange(sample_folder: Path) -> Iterator[Strange]:
         link, run, checkpoints = folder / "mein Lauf 🦉", folder / "läuft überall 走", disk.path / "weights of the run"
         for made in (run, checkpoints):
             made.mkdir()
-            os.chown(made, UID, GID)
+            os.chown(made, ME, MY_GROUP)
         link.symlink_to(run)
         (run / "checkpoints").symlink_to(checkpoints)
-        done = finish(start_program(AS_NOBODY, *flags(link, *SETTINGS, data_dir=data.path)))
+        done = finish(start_program(TRAINER_AS_NOBODY, *flags(link, *SETTINGS, data_dir=data.path)))
         assert done.returncode == 0, done.stderr
         yield Strange(link, run, checkpoints, data.path, done)
 
@@ -165,11 +153,11 @@ def test_it_names_its_folder_as_the_user_does(strange: Strange) -> None:
 def test_all_that_it_left_is_the_users(strange: Strange) -> None:
     left = [*strange.run.rglob("*"), *strange.checkpoints.rglob("*")]
     assert len(left) > 10
-    assert {(path.lstat().st_uid, path.lstat().st_gid) for path in left if not path.is_symlink()} == {(UID, GID)}
+    assert {(path.lstat().st_uid, path.lstat().st_gid) for path in left if not path.is_symlink()} == {(ME, MY_GROUP)}
 
 
 def test_the_same_command_finds_it_again(strange: Strange) -> None:
-    again = finish(start_program(AS_NOBODY, *flags(strange.link, *SETTINGS, data_dir=strange.data)))
+    again = finish(start_program(TRAINER_AS_NOBODY, *flags(strange.link, *SETTINGS, data_dir=strange.data)))
     assert (again.returncode, again.stdout.splitlines()[0]) == (0, "this run is finished; raise train.steps to go on")
 
 
@@ -178,15 +166,9 @@ def test_the_same_command_finds_it_again(strange: Strange) -> None:
 
 def test_a_second_run_in_one_folder_is_one_line_that_names_the_first(sample_folder: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    holder = start_program(HOLDER, str(run))
-    try:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "claimed\n"
+    with held_by_another(run) as holder:
         done = finish(start_program(IMPATIENT, *flags(run, *SETTINGS, data_dir=sample_folder)))
-    finally:
-        holder.kill()
-        holder.communicate()
-    owner = f"process {holder.pid} on {socket.gethostname()}"
+    owner = f"process {holder.process.pid} on {socket.gethostname()}"
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"trainer: {run}: {owner} is training in it; stop it or choose another --model_dir\n"
     assert [path.name for path in run.iterdir()] == [".lock"]

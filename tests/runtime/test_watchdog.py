@@ -55,7 +55,7 @@ def test_a_process_without_a_step_ends_with_75(limits: dict[str, float], signall
         ({"hurried": SHORT}, False, PAUSE),
         ({"limit": SHORT}, False, PAUSE),
         ({"limit": SHORT}, False, f"dog.follow(lambda: 7); {PAUSE}"),
-        ({"limit": SHORT, "first": SHORT}, False, "exec('for _ in range(70): dog.beat(); time.sleep(0.01)')"),
+        ({"limit": 2.0, "first": 2.0}, False, "exec('for _ in range(130): dog.beat(); time.sleep(0.02)')"),
     ],
     ids=["steps", "a save", "peers that save", "no signal", "before the first step", "restored", "evaluations"],
 )

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from tests.helpers.ports import held_ports
 from tests.helpers.processes import finish, start_program
-from tests.helpers.workers import NOTICED_SOON, held_ports, tf_config
+from tests.helpers.workers import NOTICED_SOON, tf_config
 from trainer.cluster import Cluster
 from trainer.errors import ExitCode, PeerLostError
 from trainer.runtime.workers import Alone, meet, naming_lost_peers

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.ports import LOOPBACK, held_ports
 from tests.helpers.settings import small_config
-from tests.helpers.workers import LOOPBACK, held_ports
 from trainer.cluster import Cluster
 from trainer.config import leaves
 from trainer.data import records

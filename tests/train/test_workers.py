@@ -12,12 +12,13 @@ import pytest
 
 from tests.helpers.damage import flip_in_record
 from tests.helpers.events import scalars
+from tests.helpers.ports import held_ports, taken
 from tests.helpers.processes import run_trainer
 from tests.helpers.runs import assert_same_run, newest, newest_step, short
 from tests.helpers.scores import scores_of
 from tests.helpers.settings import TINY, flags, small_config
 from tests.helpers.waiting import wait_until
-from tests.helpers.workers import NOTICED_SOON, Workers, held_ports, taken, tf_config
+from tests.helpers.workers import NOTICED_SOON, Workers, tf_config
 from trainer import __version__
 from trainer.data.pipeline import PairData
 from trainer.data.records import read_manifest

@@ -6,6 +6,7 @@ which comes last, makes a data set of them. Size and CRC-32C of what is there ar
 """
 
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -77,8 +78,11 @@ class LocalOutput:
             raise _no_data_set(self._folder)
         if not is_set:
             return False
-        if records.read_manifest(self._folder).made_from != self._made_from:
+        manifest = records.read_manifest(self._folder)
+        if manifest.made_from != self._made_from:
             raise _other(self._folder)
+        if (self._folder / PARTIAL_MARK).is_file():
+            self._clear(manifest)
         return True
 
     @contextmanager
@@ -93,6 +97,7 @@ class LocalOutput:
             raise UserError(f"{self._partial}: is in the way, and not from an interrupted `trainer prepare`; {advice}")
         self._partial.mkdir(parents=True, exist_ok=True)
         (self._partial / PARTIAL_MARK).touch()
+        (self._partial / records.MANIFEST_NAME).unlink(missing_ok=True)
         yield self._partial
 
     def finished(self, shards: Sequence[str]) -> list[Entry | None]:
@@ -112,15 +117,40 @@ class LocalOutput:
         shutil.rmtree(self._partial)
 
     def publish(self, manifest: Manifest) -> None:
-        """Write the manifest, clear the notes away, and rename: from here on the data set exists."""
+        """Write the manifest, rename, and clear the notes away: from the second step on the data set exists.
+
+        Where the rename fails, the same command goes on with what the notes say is finished.
+        """
         named = {shard.file for shards in manifest.splits.values() for shard in shards}
+        needed = {PARTIAL_MARK, *named, *map(note_of, named)}
         for path in self._partial.iterdir():
-            if path.name not in named:
+            if path.name not in needed:
                 path.unlink()
         records.write_manifest(self._partial, manifest)
-        if self._folder.is_dir():
-            self._folder.rmdir()
-        self._partial.replace(self._folder)
+        _sync(self._partial)
+        try:
+            self._partial.replace(self._folder)  # which is not there, or empty
+        except OSError:
+            if self._partial.exists() or not self._folder.exists():
+                raise  # else it was done: NFS may report that what it did has failed
+        _sync(self._folder.parent)
+        self._clear(manifest)
+
+    def _clear(self, manifest: Manifest) -> None:
+        """Remove the notes, and last the mark, from the finished data set."""
+        for shards in manifest.splits.values():
+            for shard in shards:
+                (self._folder / note_of(shard.file)).unlink(missing_ok=True)
+        (self._folder / PARTIAL_MARK).unlink(missing_ok=True)
+
+
+def _sync(folder: Path) -> None:
+    """Make the names in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 class BucketOutput:

@@ -1,5 +1,6 @@
 """Whole files or none, here or in a bucket: small helpers for everything that a run writes."""
 
+import errno
 import logging
 import os
 import secrets
@@ -24,8 +25,11 @@ TEMPORARY = ".writing-"  # and not the file's own name: TensorBoard reads whatev
 
 def sweep(folder: Path) -> None:
     """Remove what writers that were killed left below a folder; call it where no other process writes."""
-    for path in folder.rglob(f"{TEMPORARY}*"):
-        path.unlink()
+    for path in list(folder.rglob(f"{TEMPORARY}*")):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
@@ -147,17 +151,40 @@ def replacing_folder(path: Place, key_file: str = "") -> Iterator[Path]:
             yield Path(folder)
             replace_folder(Path(folder), path, key_file)
         return
+    if path.is_symlink() or path.is_file():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}")
+    temporary = path.with_name(f"{TEMPORARY}{path.name}-{secrets.token_hex(6)}")
     try:
         temporary.mkdir()
         yield temporary
-        for written in temporary.rglob("*"):
+        for written in (*temporary.rglob("*"), temporary):
             sync(written)
-        if path.exists():
-            shutil.rmtree(path)
-        temporary.replace(path)
-        sync(path.parent)
+        _put_in_place(temporary, path)
     finally:
         if temporary.exists():
             shutil.rmtree(temporary)
+
+
+def _put_in_place(new: Path, path: Path) -> None:
+    """Give a folder its name. The one that has it is put aside, and removed at the end; where that fails, it has it again."""
+    old = path.with_name(f"{path.name}.old-{secrets.token_hex(6)}")
+    try:
+        if path.exists():
+            _rename(path, old)
+        _rename(new, path)
+    finally:
+        if old.exists() and not path.exists():
+            _rename(old, path)
+    sync(path.parent)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def _rename(folder: Path, to: Path) -> None:
+    """Rename a folder, to a name that is free; NFS may report that what it did has failed."""
+    try:
+        folder.replace(to)
+    except OSError:
+        if folder.exists() or not to.exists():
+            raise

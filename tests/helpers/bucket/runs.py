@@ -8,6 +8,7 @@ from tests.helpers.runs import contents
 from tests.helpers.settings import SMALL, flags
 from trainer.storage.bucket import BucketPath, parse
 from trainer.storage.service import client
+from trainer.storage.transfer import ahead
 
 STEPS = 120
 SETTINGS = (
@@ -31,12 +32,12 @@ def copy_down(url: str, to: Path) -> Path:
     return to
 
 
-def copy_up(folder: Path, url: str) -> None:
-    """All files below a folder, as objects."""
+def copy_up(folder: Path, url: str) -> BucketPath:
+    """All files below a folder, as objects; the address as a place."""
     there = parse(url)
-    for file in folder.rglob("*"):
-        if file.is_file():
-            (there / file.relative_to(folder).as_posix()).upload(file)
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+    list(ahead(lambda file: (there / file.relative_to(folder).as_posix()).upload(file), files))
+    return there
 
 
 def keys(url: str) -> list[str]:

@@ -4,8 +4,9 @@ import socket
 
 import pytest
 
+from tests.helpers.ports import LOOPBACK, hold, taken
 from tests.helpers.processes import finish, start_program
-from tests.helpers.workers import LISTENS, LOOPBACK, hold, sockets_at, taken
+from tests.helpers.workers import LISTENS, sockets_at
 
 SERVES = """
 import sys, tensorflow as tf
