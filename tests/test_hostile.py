@@ -84,7 +84,8 @@ def assert_named(one: Damaged, error: DataError | None, folder: Path, split: str
         assert "\n" not in str(error)
 
 
-@pytest.mark.parametrize("count", [10, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [10, 40])
 def test_training_and_evaluation_name_the_damaged_record(
     count: int, sound: Path, sound_records: list[bytes], tmp_path: Path
 ) -> None:

@@ -43,6 +43,7 @@ def told_in_objects(*arguments: str, program: str = CHILD, **environment: str) -
     return done.returncode, list(entries(done.stdout.splitlines(keepends=True)))
 
 
+@pytest.mark.slow
 def test_a_run_is_told_in_objects_and_nothing_else(tmp_path: Path, where: None) -> None:
     settings = ("train.steps=12", "train.evaluate_every=6", "data.image_size=[32,32]")
     code, lines = told_in_objects(*flags(tmp_path / "run", *settings))

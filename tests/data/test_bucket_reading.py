@@ -115,7 +115,9 @@ def total_bytes(folder: Path, split: str = "train") -> int:
 # The same batches.
 
 
-@pytest.mark.parametrize(("cache", "size"), [("none", 1), ("none", 8), ("memory", 3), ("disk", 8)])
+@pytest.mark.parametrize(
+    ("cache", "size"), [pytest.param("none", 1, marks=pytest.mark.slow), ("none", 8), ("memory", 3), ("disk", 8)]
+)
 def test_batches_are_those_of_the_folder(
     cache: str, size: int, little: Path, little_there: BucketPath, bucket_service: BucketService
 ) -> None:
@@ -127,9 +129,8 @@ def test_batches_are_those_of_the_folder(
     assert batches(PairData(little_there, config(*settings)), 7, steps) == expected[7:]
 
 
-@pytest.mark.parametrize(
-    ("size", "workers"), [(4, 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(4, 1), (4, 4), (32, 2), (32, 4)])]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "workers"), [(4, 1), (4, 2), (4, 4), (32, 2), (32, 4)])
 @pytest.mark.usefixtures("in_chunks")
 def test_workers_read_their_own_records_each_byte_once_and_in_runs(
     size: int, workers: int, big: Path, big_there: BucketPath, bucket_service: BucketService
@@ -199,7 +200,8 @@ def test_the_sizes_of_all_shards_are_one_request(little_there: BucketPath, bucke
     assert [entry.method for entry in bucket_service.requests()] == ["GET", "GET"]
 
 
-@pytest.mark.parametrize("room", [1, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("room", [1, 5])
 @pytest.mark.usefixtures("in_chunks")
 def test_a_small_room_costs_time_and_no_more(room: int, big: Path, big_there: BucketPath, bucket_service: BucketService) -> None:
     """1 MB holds 23 of these records; a batch alone is more than that."""
@@ -262,7 +264,10 @@ def failure(data: PairData, split: str = "train") -> str:
     return f"{type(caught.value).__name__}: {caught.value}"
 
 
-@pytest.mark.parametrize(("cache", "split"), [("none", "train"), ("memory", "test"), ("disk", "train"), ("none", "test")])
+SLOWER = [pytest.param(cache, split, marks=pytest.mark.slow) for cache, split in (("disk", "train"), ("none", "test"))]
+
+
+@pytest.mark.parametrize(("cache", "split"), [("none", "train"), ("memory", "test"), *SLOWER])
 def test_a_damaged_object_is_named_by_shard_and_record(cache: str, split: str, little: Path, little_there: BucketPath) -> None:
     shard = records.read_manifest(little).splits[split][-1]
     damaged = flip_in_record(little_there, split, records.read_manifest(little).examples(split) - shard.examples + 7)

@@ -144,18 +144,21 @@ def test_links_stay_links_and_checkpoints_lie_on_the_other_disk(strange: Strange
     assert len(list(strange.checkpoints.glob("step-*.data-*"))) == 2
 
 
+@pytest.mark.slow
 def test_it_names_its_folder_as_the_user_does(strange: Strange) -> None:
     assert f"training on quickstart_nuclei ({strange.data}), 40 pairs, into {strange.link}" in strange.done.stderr
     assert f"pictures    {strange.link}/samples" in strange.done.stdout
     assert json.loads((strange.link / "data.json").read_text())["name"] == "quickstart_nuclei"
 
 
+@pytest.mark.slow
 def test_all_that_it_left_is_the_users(strange: Strange) -> None:
     left = [*strange.run.rglob("*"), *strange.checkpoints.rglob("*")]
     assert len(left) > 10
     assert {(path.lstat().st_uid, path.lstat().st_gid) for path in left if not path.is_symlink()} == {(ME, MY_GROUP)}
 
 
+@pytest.mark.slow
 def test_the_same_command_finds_it_again(strange: Strange) -> None:
     again = finish(start_program(TRAINER_AS_NOBODY, *flags(strange.link, *SETTINGS, data_dir=strange.data)))
     assert (again.returncode, again.stdout.splitlines()[0]) == (0, "this run is finished; raise train.steps to go on")
