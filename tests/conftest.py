@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 
 __all__ = ["bucket", "bucket_service", "empty_working_folder"]
 
-# A shell gives what it starts in the background an ignored Ctrl-C, and children inherit it.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A shell gives what it starts in the background an ignored Ctrl-C, and nohup an ignored SIGHUP; children inherit them.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 CLOCK_TRIES = 3
 TF220 = (
