@@ -62,21 +62,35 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, so that two workers end together; what compares times gets three tries, if that alone fails."""
     known = json.loads(DURATIONS.read_text()) if DURATIONS.is_file() else {}
-    items.sort(key=lambda item: -known.get(item.nodeid.split("::")[0], 10.0))
+    parts: dict[str, set[str]] = {}
+    for item in items:
+        parts.setdefault(file_of(item), set()).add(part_of(item))
+    seconds = {file: sum(known.get(part, 10.0) for part in of_file) for file, of_file in parts.items()}
+    items.sort(key=lambda item: -seconds[file_of(item)])
     for item in items:
         if item.get_closest_marker("clock") and item.config.pluginmanager.hasplugin("rerunfailures"):
             item.add_marker(pytest.mark.flaky(reruns=CLOCK_TRIES - 1, only_rerun=OffTimeError.__name__))
 
 
+def file_of(test: pytest.Item | pytest.TestReport) -> str:
+    """The file that a test stands in."""
+    return test.nodeid.split("::")[0]
+
+
+def part_of(test: pytest.Item | pytest.TestReport) -> str:
+    """The quick or the slow tests of a file, as durations.json calls them."""
+    return file_of(test) + (" slow" if "slow" in test.keywords else "")
+
+
 class Durations:
-    """Sums up the seconds of each file, and says which tests were tried again."""
+    """Sums up the seconds of each file's quick and slow tests, and says which tests were tried again."""
 
     def __init__(self, store: bool) -> None:
         self._store, self._seconds, self._again = store, {}, []  # type: ignore[var-annotated]
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        file = report.nodeid.split("::")[0]
-        self._seconds[file] = self._seconds.get(file, 0.0) + report.duration
+        part = part_of(report)
+        self._seconds[part] = self._seconds.get(part, 0.0) + report.duration
         if report.outcome == "rerun":  # type: ignore[comparison-overlap]
             self._again.append(report)
 
@@ -85,7 +99,7 @@ class Durations:
             terminalreporter.write_line(f"RETRIED {report.nodeid}: {str(report.longrepr).strip().splitlines()[-1]}")
         if self._store:
             known = json.loads(DURATIONS.read_text()) if DURATIONS.is_file() else {}
-            known |= {file: round(seconds, 1) for file, seconds in self._seconds.items()}
+            known |= {part: round(seconds, 1) for part, seconds in self._seconds.items()}
             DURATIONS.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n")
 
 
