@@ -12,9 +12,9 @@ BIN    := $(VENV)/bin
 install = $(if $(UV),$(UV) pip install --quiet --compile-bytecode --python $(1)/bin/python,$(1)/bin/python -m pip install -qq)
 LOCK = $(BIN)/uv pip compile -q --upgrade --generate-hashes --python-version 3.11 --python-platform x86_64-manylinux_2_31 \
 	--no-emit-index-url --no-annotate --custom-compile-command "make lock"
-# Tiers: see docs/testing.md. Two files of tests run at a time; what compares times runs with nothing beside it.
 # pytest keeps the tests that it has rewritten: later runs begin some seconds earlier.
 unexport PYTHONDONTWRITEBYTECODE
+# Tiers: see docs/testing.md. Two files of tests run at a time; what compares times runs with nothing beside it.
 PYTEST ?= $(BIN)/python -m pytest
 TWO_AT_ONCE := -n 2 --dist loadfile --no-loadscope-reorder
 QUICK := not slow and not clock and not container

@@ -99,7 +99,7 @@ def test_ended_at_all_kinds_of_moments_it_ends_with_the_same_bits(undisturbed: P
     folder = tmp_path / "run"
     moments = [
         (0, Moment(ACTIONS, "Run.summarise", 1)),  # step 4; the first checkpoint is due after step 7
-        (0, Moment("trainer.runtime.files", "sync", 1, "/checkpoints/step-00000007")),  # its files are there, no marker is
+        (0, Moment("trainer.runtime.checkpoints", "sync", 1, "/checkpoints/step-00000007")),  # its files are there, no marker is
         (10, Moment(ACTIONS, "Run._interrupted", 2, number=signal.SIGINT)),  # asked in the middle of an evaluation
         (10, Moment(ACTIONS, "Run._interrupted", 2)),  # in the middle of the same one, which is begun anew
         (14, Moment("trainer.runtime.checkpoints", "Checkpoints.save", 3, number=signal.SIGHUP)),  # a terminal that is closed

@@ -6,7 +6,6 @@ which comes last, makes a data set of them. Size and CRC-32C of what is there ar
 """
 
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -21,7 +20,7 @@ from trainer.data import records
 from trainer.data.records import Manifest, Shard
 from trainer.errors import DataError, TrainerError, UserError
 from trainer.storage.bucket import BucketPath, State
-from trainer.storage.places import Place
+from trainer.storage.places import Place, sync
 from trainer.storage.transfer import UPLOADS, ahead, is_same, remove_all
 
 PARTIAL_MARK = ".trainer-prepare"
@@ -119,7 +118,7 @@ class LocalOutput:
     def publish(self, manifest: Manifest) -> None:
         """Write the manifest, rename, and clear the notes away: from the second step on the data set exists.
 
-        Where the rename fails, the same command goes on with what the notes say is finished.
+        Where the rename fails, the same command resumes with what the notes say is finished.
         """
         named = {shard.file for shards in manifest.splits.values() for shard in shards}
         needed = {PARTIAL_MARK, *named, *map(note_of, named)}
@@ -127,13 +126,13 @@ class LocalOutput:
             if path.name not in needed:
                 path.unlink()
         records.write_manifest(self._partial, manifest)
-        _sync(self._partial)
+        sync(self._partial)
         try:
             self._partial.replace(self._folder)  # which is not there, or empty
         except OSError:
             if self._partial.exists() or not self._folder.exists():
                 raise  # else it was done: NFS may report that what it did has failed
-        _sync(self._folder.parent)
+        sync(self._folder.parent)
         self._clear(manifest)
 
     def _clear(self, manifest: Manifest) -> None:
@@ -142,15 +141,6 @@ class LocalOutput:
             for shard in shards:
                 (self._folder / note_of(shard.file)).unlink(missing_ok=True)
         (self._folder / PARTIAL_MARK).unlink(missing_ok=True)
-
-
-def _sync(folder: Path) -> None:
-    """Make the names in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class BucketOutput:

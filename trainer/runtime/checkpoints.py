@@ -15,10 +15,9 @@ from pathlib import Path
 import tensorflow as tf
 
 from trainer.errors import TrainerError, UserError
-from trainer.runtime import files
 from trainer.runtime.ledger import FolderLedger, Ledger, Marker
 from trainer.storage.bucket import checksum_of
-from trainer.storage.places import Place
+from trainer.storage.places import Place, sync
 
 log = logging.getLogger(__name__)
 NOT_OURS = (tf.errors.NotFoundError, tf.errors.InvalidArgumentError, tf.errors.DataLossError)
@@ -93,7 +92,7 @@ class Checkpoints:
         state.write(str(self._here / prefix))
         written = sorted(self._here.glob(f"{prefix}.*"))
         for path in written:
-            files.sync(path)
+            sync(path)
         stated = {path.name: (path.stat().st_size, checksum_of(path)) for path in written}
         self._ledger.change(Marker(step, pending, prefix, stated), ())
 

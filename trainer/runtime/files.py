@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from trainer.storage.bucket import PROBES, BucketPath
-from trainer.storage.places import Place, naming
+from trainer.storage.places import Place, naming, sync
 from trainer.storage.transfer import replace_folder
 
 log = logging.getLogger(__name__)
@@ -30,15 +30,6 @@ def sweep(folder: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-
-
-def sync(path: Path) -> None:
-    """Make a file's bytes, or the renames in a folder, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_speed(folder: Place) -> float:

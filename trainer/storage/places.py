@@ -44,6 +44,15 @@ def naming(path: Place, temporary: Path | None = None) -> Iterator[None]:
         raise
 
 
+def sync(path: Path) -> None:
+    """Make a file's bytes, or the renames in a folder, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def is_bucket(text: str) -> bool:
     """Whether a text names an address in a bucket."""
     return text.startswith(SCHEME)
