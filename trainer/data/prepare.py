@@ -123,7 +123,8 @@ def _size(path: Place) -> int:
 
 def report(problems: list[str], pairs: int) -> str:
     """The problems and what to do."""
-    advice = f"{len(problems)} problems in {pairs} pairs; nothing was written. Mend them, or leave them out with --skip_bad"
+    found, looked_at = (f"{n} {word}{'s' * (n != 1)}" for n, word in ((len(problems), "problem"), (pairs, "pair")))
+    advice = f"{found} in {looked_at}; nothing was written. Mend them, or leave them out with --skip_bad"
     return "\n".join([*problems, advice])
 
 
